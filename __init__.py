@@ -1,0 +1,1 @@
+"""Qwen Edit Fast: Qwen-Image-Edit-2511 for ComfyUI."""

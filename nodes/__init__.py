@@ -1,0 +1,1 @@
+"""The nodes of the pack, in the order in which an edit uses them."""
