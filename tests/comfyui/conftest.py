@@ -1,0 +1,67 @@
+"""One real ComfyUI for all server tests, on the CPU, with folders of its own.
+
+`scripts/run_tests.py` prepares everything. By hand: COMFYUI_PATH=/path/to/ComfyUI pytest tests, with a
+Python that has ComfyUI's requirements.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from array_client import ArrayClient
+from comfy_host import Host, HostError, cache_folder, check_imports, find_comfyui
+from comfy_server import ComfyServer
+
+StartServer = Callable[..., ComfyServer]
+
+
+@pytest.fixture(scope="session")
+def host() -> Host:
+    """The ComfyUI that COMFYUI_PATH names, else the one that was fetched, with this Python."""
+    try:
+        comfyui = find_comfyui(None, cache_folder())
+        if comfyui is None:
+            raise HostError("No ComfyUI was found.")
+        check_imports(Path(sys.executable), comfyui)
+    except HostError as error:
+        pytest.fail(
+            f"{error}\nThe server tests need a ComfyUI: run scripts/run_tests.py, which prepares one, "
+            "or set COMFYUI_PATH to a ComfyUI folder whose requirements this Python has.",
+            pytrace=False,
+        )
+    return Host(Path(sys.executable), comfyui)
+
+
+@pytest.fixture(scope="session")
+def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+    """The shared server: `.url`, `.input`, `.output`, `.user`, `.temp`, `.log_tail()`."""
+    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), cpu=True) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: ComfyServer) -> Iterator[ArrayClient]:
+    """A client of the shared server, with events of its own."""
+    assert server.running, f"The shared server has died. The end of its log:\n{server.log_tail()}"
+    with ArrayClient(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def start_server(host: Host, tmp_path: Path) -> Iterator[StartServer]:
+    """`start_server(*arguments)` starts one more server, with further arguments for main.py.
+
+    It has a folder of its own, may be killed and started again, and is stopped after the test.
+    """
+    servers: list[ComfyServer] = []
+
+    def start(*arguments: str) -> ComfyServer:
+        server = ComfyServer(host, tmp_path / f"server{len(servers)}", arguments, cpu=True)
+        servers.append(server)
+        server.start()
+        return server
+
+    yield start
+    for server in servers:
+        server.stop()
