@@ -1,0 +1,110 @@
+"""The text encoder of a diffusers folder as ComfyUI's CLIP."""
+
+from pathlib import Path
+
+import comfy.hooks
+import comfy.model_management
+import comfy.sd
+import torch
+
+from ...qwen_edit.checkpoints import read_header, weight_files
+from ...qwen_edit.pictures import to_pil
+from ...qwen_edit.text_encoder import FolderTextEncoder, encode
+from .memory import ShellPatcher
+
+OFFLOAD_AFTER_USE = "qwen_edit_offload_after_use"  # attachment on the patcher: leave the card after encoding
+
+
+class FolderTokenizer:
+    """ComfyUI's tokenizer interface over the folder's tokenizer and processor."""
+
+    def __init__(self, encoder: FolderTextEncoder):
+        self.encoder = encoder
+
+    def tokenize_with_weights(self, text, return_word_ids=False, llama_template=None, images=(), **kwargs):
+        """One prompt. ``images``: IMAGEs ``[1, H, W, C]``, float in [0, 1], already at the encoder's size."""
+        pictures = [to_pil(image[0, ..., :3]) for image in images]
+        return self.encoder.tokenize(text, pictures, llama_template)
+
+    def state_dict(self):
+        return {}
+
+
+class FolderTextModel(torch.nn.Module):
+    """The held module: ComfyUI's text model interface, and a shell (see ``memory.py``)."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype):
+        super().__init__()
+        self.folder, self.dtype = folder, dtype
+        self.device: torch.device | None = None
+        self.transformer: torch.nn.Module | None = None
+
+    def reset_clip_options(self):
+        pass
+
+    def set_clip_options(self, options):
+        pass
+
+    def encode_token_weights(self, inputs):
+        return encode(self.transformer, inputs), None, {}
+
+    @property
+    def is_empty(self) -> bool:
+        return self.transformer is None
+
+    def fill(self, device: torch.device) -> None:
+        from transformers import Qwen2_5_VLForConditionalGeneration
+
+        self.transformer = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            self.folder / "text_encoder", dtype=self.dtype, local_files_only=True
+        ).eval()
+        self.transformer.requires_grad_(False)
+
+    def empty(self) -> None:
+        self.transformer = None
+
+
+def load_clip(folder: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
+    """A CLIP whose weights are read when it first encodes.
+
+    Args:
+        dtype: None: what ComfyUI chooses for text encoders on this machine, float32 on the CPU.
+
+    Raises:
+        ValueError: weights are missing or damaged.
+    """
+    load_device = comfy.model_management.text_encoder_device()
+    if dtype is None:
+        on_cpu = comfy.model_management.is_device_cpu(load_device)
+        dtype = torch.float32 if on_cpu else torch.bfloat16
+    files = weight_files(folder / "text_encoder")
+    weights = sum(_elements(path) for path in files)
+
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model = FolderTextModel(folder, dtype)
+    clip.tokenizer = FolderTokenizer(FolderTextEncoder(folder))
+    clip.patcher = ShellPatcher(
+        clip.cond_stage_model,
+        load_device=load_device,
+        offload_device=comfy.model_management.text_encoder_offload_device(),
+        size=weights * dtype.itemsize,
+    )
+    clip.patcher.is_clip = True
+    clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+    clip.layer_idx = None
+    clip.use_clip_schedule = False
+    clip.apply_hooks_to_conds = None
+    clip.tokenizer_options = {}
+    return clip
+
+
+def leave_card(clip: comfy.sd.CLIP) -> bool:
+    """Unload the text encoder if its loader asked for that; whether it did."""
+    if clip.patcher.get_attachment(OFFLOAD_AFTER_USE) is None:
+        return False
+    comfy.model_management.unload_model_and_clones(clip.patcher)
+    return True
+
+
+def _elements(path: Path) -> int:
+    return sum(torch.Size(entry["shape"]).numel() for entry in read_header(path).values())

@@ -1,0 +1,121 @@
+"""Which files the combos offer, and from a combo's value to a path inside ComfyUI's folders.
+
+A value that is not offered is refused, so no path from a request ever reaches the file system unchecked.
+"""
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import folder_paths
+
+from ...qwen_edit.checkpoints import is_edit_folder
+from ...qwen_edit.errors import INPUT
+
+PACK = Path(__file__).resolve().parents[2]
+DEMO = PACK / "demo_model"
+DEMO_NAME = "demo (small model of this pack)"
+FROM_MODEL = "from the model folder"
+NONE = "none"
+FOLDER_PREFIX = "folder: "
+DEMO_LORA_PREFIX = "demo: "
+
+
+def models() -> list[str]:
+    """Diffusers folders first, then single files with those that look like Qwen-Image-Edit first, the demo last."""
+    files = folder_paths.get_filename_list("diffusion_models")
+    safetensors = [f for f in files if f.lower().endswith((".safetensors", ".sft"))]
+    safetensors.sort(key=lambda name: (not _looks_like_edit(name), name.lower()))
+    demo = [DEMO_NAME] if is_edit_folder(DEMO) else []
+    return [FOLDER_PREFIX + name for name in _edit_folders()] + safetensors + demo
+
+
+def default_model() -> str | None:
+    """Real weights when there are any, else the demo."""
+    offered = models()
+    real = [m for m in offered if m.startswith(FOLDER_PREFIX) or _looks_like_edit(m)]
+    return next(iter(real or offered[-1:]), None)
+
+
+def _looks_like_edit(name: str) -> bool:
+    lower = os.path.basename(name).lower()
+    return "qwen" in lower and "edit" in lower
+
+
+def text_encoders() -> list[str]:
+    return [FROM_MODEL, *folder_paths.get_filename_list("text_encoders")]
+
+
+def vaes() -> list[str]:
+    return [FROM_MODEL, *folder_paths.get_filename_list("vae")]
+
+
+def loras() -> list[str]:
+    demo = sorted(p.stem for p in (DEMO / "loras").glob("*.safetensors"))
+    return [NONE, *folder_paths.get_filename_list("loras"), *(DEMO_LORA_PREFIX + stem for stem in demo)]
+
+
+def model_path(name: str) -> Path:
+    """The folder or file of a value of ``models``.
+
+    Raises:
+        ValueError: it is not one of them.
+    """
+    _check("model", name, models())
+    if name == DEMO_NAME:
+        return DEMO
+    if name.startswith(FOLDER_PREFIX):
+        return _edit_folders()[name.removeprefix(FOLDER_PREFIX)]
+    return _file("diffusion_models", name)
+
+
+def text_encoder_path(name: str) -> Path:
+    _check("text encoder", name, text_encoders()[1:])
+    return _file("text_encoders", name)
+
+
+def vae_path(name: str) -> Path:
+    _check("VAE", name, vaes()[1:])
+    return _file("vae", name)
+
+
+def lora_path(name: str) -> Path:
+    _check("LoRA", name, loras()[1:])
+    if name.startswith(DEMO_LORA_PREFIX):
+        return DEMO / "loras" / f"{name.removeprefix(DEMO_LORA_PREFIX)}.safetensors"
+    return _file("loras", name)
+
+
+def fingerprint_of(path_of: Callable[[str], Path], names: Iterable[str]) -> tuple:
+    """Changes when a file behind one of the names does; a name that is refused counts as itself."""
+    result = []
+    for name in names:
+        try:
+            stat = path_of(name).stat()
+            result.append((name, stat.st_size, stat.st_mtime_ns))
+        except (ValueError, OSError):  # execute reports it
+            result.append((name,))
+    return tuple(result)
+
+
+def _check(what: str, name: str, offered: list[str]) -> None:
+    if name not in offered:
+        raise ValueError(f"{INPUT} The {what} {name!r} is not in ComfyUI's folders. Refresh the list and choose again.")
+
+
+def _file(folder: str, name: str) -> Path:
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        raise ValueError(f"{INPUT} {name!r} is no longer in ComfyUI's {folder} folder. Refresh the list and choose again.")
+    return Path(path)
+
+
+def _edit_folders() -> dict[str, Path]:
+    """Name -> path of every Qwen-Image-Edit folder directly below ComfyUI's diffusers folders or one level deeper."""
+    found = {}
+    for root in map(Path, folder_paths.get_folder_paths("diffusers")):
+        if root.is_dir():
+            for index in sorted((*root.glob("*/model_index.json"), *root.glob("*/*/model_index.json"))):
+                if is_edit_folder(index.parent):
+                    found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+    return found

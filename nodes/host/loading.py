@@ -1,0 +1,159 @@
+"""From what the loader's combos say to MODEL, CLIP and VAE, kept by their owner between prompts."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ...qwen_edit.attention import CHOICES as ATTENTION
+from ...qwen_edit.attention import resolve
+from ...qwen_edit.checkpoints import (
+    TransformerSource,
+    fingerprint,
+    read_header,
+    transformer_from_file,
+    transformer_from_folder,
+    weight_files,
+)
+from ...qwen_edit.errors import INPUT, WEIGHTS
+from . import folders
+from .clip import OFFLOAD_AFTER_USE, load_clip
+from .memory import OWNER, ShellPatcher
+from .model import make_model
+from .vae import load_vae, statistics
+
+PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+OFFLOAD = ("auto", "none", "text encoder", "stream")
+VERSIONS = {"auto": None, "2511": True, "2509": False}
+
+
+@dataclass(frozen=True)
+class LoadRequest:
+    """The loader's widgets."""
+
+    model: str
+    text_encoder: str = folders.FROM_MODEL
+    vae: str = folders.FROM_MODEL
+    precision: str = "auto"
+    attention: str = "auto"
+    offload: str = "auto"
+    model_version: str = "auto"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What the loader hands out; ``notes`` are shown on the node."""
+
+    model: ShellPatcher
+    clip: comfy.sd.CLIP
+    vae: comfy.sd.VAE
+    notes: tuple[str, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.model_size() for p in (self.model, self.clip.patcher, self.vae.patcher))
+
+
+def load(request: LoadRequest) -> Loaded:
+    """The loaded model, reused when the same files were loaded the same way before.
+
+    Raises:
+        ValueError: a value that is not offered, or files that can't be used (see ``checkpoints``).
+    """
+    for what, value, offered in (
+        ("precision", request.precision, PRECISIONS),
+        ("attention", request.attention, ATTENTION),
+        ("offload", request.offload, OFFLOAD),
+        ("model_version", request.model_version, VERSIONS),
+    ):
+        if value not in offered:
+            raise ValueError(f"{INPUT} {what} is {value!r}; it must be one of {', '.join(offered)}.")
+    path = folders.model_path(request.model)
+    encoder, vae = _companions(request, path)
+    source = (
+        transformer_from_folder(path)
+        if path.is_dir()
+        else transformer_from_file(path, VERSIONS[request.model_version])
+    )
+    key = (request, source.fingerprint, fingerprint(_files(encoder, "text_encoder")), fingerprint(_files(vae, "vae")))
+    loaded, _ = OWNER.get(key, lambda: _make(request, source, encoder, vae), lambda made: made.nbytes)
+    return loaded
+
+
+def _companions(request: LoadRequest, path: Path) -> tuple[Path, Path]:
+    """Paths of text encoder and VAE: the model's folder, or a single file."""
+    missing = [
+        what
+        for what, value in (("text encoder", request.text_encoder), ("VAE", request.vae))
+        if value == folders.FROM_MODEL and not path.is_dir()
+    ]
+    if missing:
+        raise ValueError(
+            f"{INPUT} {request.model} holds the transformer only. Choose a {' and a '.join(missing)} too (for example"
+            " qwen_2.5_vl_7b.safetensors and qwen_image_vae.safetensors)."
+        )
+    encoder = path if request.text_encoder == folders.FROM_MODEL else folders.text_encoder_path(request.text_encoder)
+    vae = path if request.vae == folders.FROM_MODEL else folders.vae_path(request.vae)
+    return encoder, vae
+
+
+def _files(path: Path, component: str) -> list[Path]:
+    return weight_files(path / component) if path.is_dir() else [path]
+
+
+def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_path: Path) -> Loaded:
+    device = comfy.model_management.get_torch_device()
+    dtype = PRECISIONS[request.precision] or _automatic_dtype(device)
+    attention = resolve(request.attention, device, dtype, int(source.config.get("attention_head_dim", 128)))
+    vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
+    model = make_model(
+        source, dtype, statistics(vae_path) if vae_path.is_dir() else None, attention, stream=request.offload == "stream"
+    )
+    clip = load_clip(encoder) if encoder.is_dir() else _single_clip(encoder)
+    if request.offload == "text encoder":
+        clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
+    return Loaded(model, clip, vae, tuple(_notes(source, dtype, attention, model)))
+
+
+def _automatic_dtype(device: torch.device) -> torch.dtype:
+    if comfy.model_management.is_device_cpu(device) or not comfy.model_management.should_use_bf16(device):
+        return torch.float32
+    return torch.bfloat16
+
+
+def _single_clip(path: Path) -> comfy.sd.CLIP:
+    _header_of(path, "model.layers.0.self_attn.q_proj.weight", "a Qwen2.5-VL text encoder")
+    return comfy.sd.load_clip(
+        [str(path)],
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        clip_type=comfy.sd.CLIPType.QWEN_IMAGE,
+    )
+
+
+def _single_vae(path: Path) -> comfy.sd.VAE:
+    _header_of(path, "decoder.middle.0.residual.0.gamma", "the VAE of Qwen-Image")
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
+    vae.not_video = True
+    return vae
+
+
+def _header_of(path: Path, key: str, what: str) -> None:
+    if path.suffix.lower() == ".safetensors" and not any(name.endswith(key) for name in read_header(path)):
+        raise ValueError(f"{WEIGHTS} {path.name} is not {what}: it has no tensor {key}.")
+
+
+def _notes(source: TransformerSource, dtype: torch.dtype, attention, model: ShellPatcher) -> list[str]:
+    version = "2511" if source.config.get("zero_cond_t") else "2509"
+    notes = [
+        f"{source.label} ({version}), {str(dtype).removeprefix('torch.')}, {model.model_size() / 2**30:.2f} GiB,"
+        f" attention {attention.name}"
+    ]
+    if attention.fell_back:
+        notes.append(f"Warning: attention {attention.name} runs instead of {attention.wanted}: {attention.why}")
+    if dtype == torch.float16:
+        notes.append("Warning: fp16 overflows in this model on many pictures; a result with NaN is refused.")
+    return notes

@@ -1,0 +1,134 @@
+"""LoRAs of QwenEditLoraSwitch in ComfyUI: resident, accounted for, named by each MODEL for itself.
+
+A MODEL says which LoRAs it wants in ``transformer_options``; nothing is set on the shared weights, so two
+branches of one graph with different LoRAs do not disturb each other.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import comfy.model_management
+import torch
+
+from ...qwen_edit.checkpoints import fingerprint
+from ...qwen_edit.lora import read_lora
+from ...qwen_edit.transformer import NO_ADAPTERS, Adapters, LowRank
+from .memory import Owner, ShellPatcher
+
+LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's additional models
+
+POOL: Owner = Owner()
+
+
+class ResidentLora(torch.nn.Module):
+    """One LoRA's layers; a shell (see ``memory.py``)."""
+
+    def __init__(self, path: Path, model_config: Mapping[str, object], dtype: torch.dtype):
+        super().__init__()
+        self.path, self.model_config, self.dtype = path, model_config, dtype
+        self.device: torch.device | None = None
+        self.weights = torch.nn.ParameterDict()
+        self.scales: dict[str, float] = {}
+        self.fill(torch.device("cpu"))
+
+    @property
+    def is_empty(self) -> bool:
+        return len(self.weights) == 0
+
+    def fill(self, device: torch.device) -> None:
+        file = read_lora(self.path, self.model_config)
+        self.skipped = file.skipped
+        for name, layer in file.layers.items():
+            key = name.replace(".", "/")  # ParameterDict takes no dots
+            for part, tensor in (("a", layer.a), ("b", layer.b)):
+                moved = tensor.to(device, self.dtype)
+                self.weights[f"{key}/{part}"] = torch.nn.Parameter(moved, requires_grad=False)
+            self.scales[name] = layer.scale
+
+    def empty(self) -> None:
+        self.weights = torch.nn.ParameterDict()
+
+    def layer(self, name: str, strength: float) -> LowRank:
+        key = name.replace(".", "/")
+        return LowRank(self.weights[f"{key}/a"], self.weights[f"{key}/b"], self.scales[name] * strength)
+
+
+@dataclass(frozen=True)
+class ActiveLora:
+    """A LoRA and how strongly a MODEL wants it."""
+
+    lora: ResidentLora
+    strength: float
+
+
+@dataclass(frozen=True)
+class LoraStack:
+    """What one MODEL has switched on, in order."""
+
+    active: tuple[ActiveLora, ...] = ()
+
+
+def switch(model, wanted: Sequence[tuple[Path, float]]):
+    """A clone of ``model`` with these LoRAs added to those it has already.
+
+    Args:
+        wanted: files and strengths; strength 0 leaves a LoRA resident but out of the forward.
+
+    Returns:
+        The clone, and a line for each LoRA: resident or read now, its size, what was skipped.
+
+    Raises:
+        ValueError: a file is no LoRA of this model (see ``read_lora``).
+    """
+    transformer = model.model.diffusion_model
+    clone = model.clone()
+    options = clone.model_options["transformer_options"]
+    stack: LoraStack = options.get(LORAS, LoraStack())
+    patchers = list(clone.get_additional_models_with_key(LORAS))
+    lines = []
+    for path, strength in wanted:
+        patcher, was_resident = _resident(path, transformer)
+        lora: ResidentLora = patcher.model
+        if strength != 0:
+            stack = LoraStack((*stack.active, ActiveLora(lora, strength)))
+            patchers.append(patcher.clone())
+        lines.append(_line(lora, strength, was_resident, patcher.model_size()))
+    options[LORAS] = stack
+    clone.set_additional_models(LORAS, patchers)
+    return clone, lines
+
+
+def _resident(path: Path, transformer) -> tuple[ShellPatcher, bool]:
+    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
+    dtype = transformer.dtype
+
+    def make() -> ShellPatcher:
+        return ShellPatcher(
+            ResidentLora(path, config, dtype),
+            load_device=comfy.model_management.get_torch_device(),
+            offload_device=comfy.model_management.unet_offload_device(),
+        )
+
+    key = (fingerprint([path]), dtype, tuple(sorted((k, str(v)) for k, v in config.items())))
+    return POOL.get(key, make, lambda patcher: patcher.model_size())
+
+
+def _line(lora: ResidentLora, strength: float, was_resident: bool, size: int) -> str:
+    state = "resident" if was_resident else "read from disk"
+    line = f"{lora.path.stem}: strength {strength:g}, {len(lora.scales)} layers, {size / 2**20:.1f} MiB, {state}"
+    if lora.skipped:
+        line += f". Warning: {len(lora.skipped)} modules of the file are not applied (first: {lora.skipped[0]})"
+    return line
+
+
+def active_adapters(transformer, transformer_options: Mapping) -> Adapters:
+    """The addends of this MODEL's LoRAs, by linear; called once for each forward."""
+    stack: LoraStack | None = transformer_options.get(LORAS)
+    if stack is None or not stack.active:
+        return NO_ADAPTERS
+    adapters: dict[torch.nn.Module, list[LowRank]] = {}
+    for item in stack.active:
+        for name in item.lora.scales:
+            adapters.setdefault(transformer.get_submodule(name), []).append(item.lora.layer(name, item.strength))
+    return adapters

@@ -1,0 +1,121 @@
+"""How our weights live in ComfyUI's memory manager.
+
+A *shell* is a module whose weights come and go: they are read from disk when ComfyUI first puts the model on a
+device, move as ComfyUI asks, and are dropped when ComfyUI frees memory between prompts (``/free``). The shell
+itself, its names and its shape stay, so a MODEL that a graph cache still holds keeps working: the next use reads
+the weights again.
+"""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, Protocol, TypeVar
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_execution.utils import get_executing_context
+
+EVERYTHING = 1e32
+
+
+class Shell(Protocol):
+    """What a module needs so that ``ShellPatcher`` can manage it."""
+
+    device: torch.device
+
+    @property
+    def is_empty(self) -> bool: ...
+
+    def fill(self, device: torch.device) -> None:
+        """Read the weights onto the device."""
+        ...
+
+    def empty(self) -> None:
+        """Drop the weights."""
+        ...
+
+
+class ShellPatcher(ModelPatcher):
+    """ComfyUI's classic patcher for a shell: loaded whole or not at all, read on first load.
+
+    Whole, because ComfyUI's partial loading counts on layers that cast their own weights, which diffusers' are
+    not: it would leave some on the CPU and the forward would break.
+    """
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if self.model.is_empty:
+            self.model.fill(device_to)
+        self._stay = self.model.device == device_to
+        try:
+            return super().partially_load(device_to, EVERYTHING, force_patch_weights)
+        finally:
+            self._stay = False
+
+    _stay = False
+
+    def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
+        return 0  # nothing in parts: ComfyUI then detaches the whole model
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        # A clone with other patches takes over on the same device: only patched weights need to move.
+        leaving = not (self._stay or self.model.is_empty)
+        super().unpatch_model(device_to if leaving else None, unpatch_weights)
+
+    def detach(self, unpatch_all=True):
+        # /free arrives while no prompt executes; then the memory is wanted back, not a copy in RAM.
+        if unpatch_all and get_executing_context() is None and not self.model.is_empty:
+            super().unpatch_model(None, True)
+            self.model.empty()
+            self.model.device = self.offload_device
+            OWNER.forget_all()
+        return super().detach(unpatch_all)
+
+
+T = TypeVar("T")
+
+
+class Owner(Generic[T]):
+    """Keeps what the loader made between prompts, least recently used first out, within a bound in bytes.
+
+    ComfyUI drops cached outputs that the running prompt does not use, so without an owner another client's
+    prompt would cost a reload from disk.
+    """
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._idle: list[T] = []
+
+    def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> tuple[T, bool]:
+        """The thing kept under ``key``, made if there is none, and whether it was there already."""
+        self._idle.clear()
+        found = key in self._kept
+        if not found:
+            made = make()
+            self._kept[key] = (made, size(made))
+        self._kept.move_to_end(key)
+        bound = comfy.model_management.total_ram * 1024 * 1024
+        while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
+            dropped, _ = self._kept.popitem(last=False)
+            logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
+            self._idle.append(dropped[0])
+        return self._kept[key][0], found
+
+    def forget_all(self) -> None:
+        """Let go of everything, a moment later: this is called by ComfyUI's memory manager while it walks its list
+        of loaded models, and dropping the last reference to one of them there ends ComfyUI's prompt worker."""
+        self._idle.extend(thing for thing, _ in self._kept.values())
+        self._kept.clear()
+        self._drop_idle()
+
+    def _drop_idle(self) -> None:
+        if self._idle and comfy.model_management.current_loaded_models:
+            timer = threading.Timer(1.0, self._drop_idle)
+            timer.daemon = True
+            timer.start()
+        else:
+            self._idle.clear()
+
+
+OWNER: Owner = Owner()

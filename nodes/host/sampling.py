@@ -1,0 +1,123 @@
+"""Recipes carried out by ComfyUI's sampler: schedule, guidance, progress, preview and cancel are borrowed."""
+
+import math
+
+import comfy.model_sampling
+import comfy.sample
+import comfy.samplers
+import latent_preview
+import torch
+from comfy_extras.nodes_cfg import CFGNorm
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+
+from ...qwen_edit.errors import INPUT, NAN
+from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
+from .model import HostTransformer, with_positions
+
+
+def apply_recipe(model, latent: dict, recipe: Recipe):
+    """A clone of ``model`` that samples by the recipe, and its sigmas ``[steps + 1]``.
+
+    The clone carries guidance rescale, positions and the shifted schedule, so that ComfyUI's own samplers give the
+    same picture with it (KSampler: euler, scheduler "simple").
+
+    Raises:
+        ValueError: the MODEL is of another family or the LATENT of another shape.
+    """
+    check_latent(latent)
+    require_ours(model)
+    clone = with_positions(model, recipe.positions)
+    if recipe.cfg_rescale == "norm":
+        clone.set_model_sampler_cfg_function(_rescaled_cfg)
+    elif recipe.cfg_rescale == "comfyui":
+        clone = CFGNorm.execute(clone, 1.0).args[0]
+    if isinstance(recipe.shift, DynamicShift):
+        tokens = math.ceil(latent["samples"].shape[-2] / 2) * math.ceil(latent["samples"].shape[-1] / 2)
+        sigmas = dynamic_sigmas(recipe.shift, recipe.steps, tokens)
+        clone.add_object_patch("model_sampling", _ShiftedTable(recipe.shift, recipe.steps, tokens))
+    else:
+        clone = ModelSamplingAuraFlow().patch_aura(clone, recipe.shift.shift)[0]
+        sampling = clone.get_model_object("model_sampling")
+        sigmas = comfy.samplers.calculate_sigmas(sampling, "simple", recipe.steps)
+    return clone, sigmas
+
+
+def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -> dict:
+    """One edit: LATENT in, LATENT out, with ComfyUI's progress bar, preview and cancel.
+
+    Raises:
+        ValueError: the result holds NaN or infinity; the message names attention and precision.
+    """
+    prepared, sigmas = apply_recipe(model, latent, recipe)
+    samples = latent["samples"]
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    result = comfy.sample.sample_custom(
+        prepared,
+        noise,
+        recipe.true_cfg_scale,
+        comfy.samplers.sampler_object("euler"),
+        sigmas,
+        positive,
+        negative,
+        samples,
+        noise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(prepared, recipe.steps),
+        seed=seed,
+    )
+    check_finite(result, model)
+    return latent | {"samples": result}
+
+
+def require_ours(model) -> None:
+    """Raise a ValueError unless the MODEL holds our transformer."""
+    if not isinstance(model.model.diffusion_model, HostTransformer):
+        raise ValueError(
+            f"{INPUT} This MODEL was not loaded by QwenEditLoader. Load the model with it, or use ComfyUI's own nodes."
+        )
+
+
+def check_latent(latent: dict) -> None:
+    """Raise a ValueError unless LATENT is ``[B, 16, 1, h, w]`` or ``[B, 16, h, w]`` with finite numbers."""
+    samples = latent["samples"]
+    pictures = samples.ndim == 4 or (samples.ndim == 5 and samples.shape[2] == 1)
+    if not pictures or samples.shape[1] != 16 or 0 in samples.shape:
+        raise ValueError(
+            f"{INPUT} The LATENT is {list(samples.shape)}; this model needs [batch, 16, 1, height/8, width/8]."
+            " Connect the one from QwenEditEncode."
+        )
+    if not torch.isfinite(samples).all():
+        raise ValueError(f"{NAN} The LATENT that goes in holds NaN or infinity.")
+
+
+def check_finite(samples: torch.Tensor, model) -> None:
+    if torch.isfinite(samples).all():
+        return
+    transformer: HostTransformer = model.model.diffusion_model
+    dtype = str(transformer.dtype).removeprefix("torch.")
+    hint = "fp16 overflows in this model; choose bf16." if dtype == "float16" else "Choose attention 'pytorch'."
+    raise ValueError(
+        f"{NAN} The result holds NaN or infinity, so no picture was made from it. Precision {dtype}, attention"
+        f" {transformer.attention.name}. {hint} If a LoRA is active, try without it."
+    )
+
+
+def _rescaled_cfg(args: dict) -> torch.Tensor:
+    if math.isclose(args["cond_scale"], 1.0):
+        return args["cond"]
+    return rescale_to_cond(args["cond"], args["uncond"], args["cond_scale"])
+
+
+class _ShiftedTable(comfy.model_sampling.ModelSamplingFlux, comfy.model_sampling.CONST):
+    """ComfyUI's sampling object with the recipe's schedule as its table, so that the scheduler "simple" of native
+    samplers picks the recipe's own sigmas at the recipe's number of steps."""
+
+    def __init__(self, shift: DynamicShift, steps: int, tokens: int):
+        super().__init__()
+        self.register_buffer("sigmas", sigma_table(shift, steps, tokens))
+
+    def percent_to_sigma(self, percent):
+        if percent <= 0.0:
+            return 1.0
+        if percent >= 1.0:
+            return 0.0
+        return self.sigmas[round((1.0 - percent) * (len(self.sigmas) - 1))].item()

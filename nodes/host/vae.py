@@ -1,0 +1,53 @@
+"""The VAE of a diffusers folder as ComfyUI's VAE."""
+
+import json
+from pathlib import Path
+
+import comfy.ldm.wan.vae
+import comfy.sd
+import torch
+from safetensors.torch import load_file
+
+from ...qwen_edit.checkpoints import check_names, read_header, weight_files
+from ...qwen_edit.errors import WEIGHTS
+
+
+def statistics(folder: Path) -> dict | None:
+    """Latent mean, deviation and preview factors of the folder's VAE; None when they are the released VAE's."""
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    preview = folder / "vae" / "preview_factors.json"
+    if not preview.is_file():
+        return None
+    return {k: config[k] for k in ("latents_mean", "latents_std")} | json.loads(preview.read_text(encoding="utf-8"))
+
+
+def load_vae(folder: Path) -> comfy.sd.VAE:
+    """ComfyUI's VAE with the weights of ``folder/vae``.
+
+    Raises:
+        ValueError: the VAE is not one of this family, or its names do not map.
+    """
+    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    if config.get("num_res_blocks", 2) != 2 or config.get("dim_mult", [1, 2, 4, 4]) != [1, 2, 4, 4]:
+        raise ValueError(f"{WEIGHTS} {folder.name}/vae: ComfyUI reads VAEs of this family with 2 residual blocks only.")
+    state = {}
+    for path in weight_files(folder / "vae"):
+        read_header(path)
+        state |= load_file(path)
+    names = _comfy_names(config.get("base_dim", 96))
+    check_names(f"{folder.name}/vae", names.keys(), state.keys())
+    vae = comfy.sd.VAE(sd={comfy_name: state[name] for name, comfy_name in names.items()})
+    vae.not_video = True  # or an IMAGE batch of two would be encoded as a video
+    return vae
+
+
+def _comfy_names(width: int) -> dict[str, str]:
+    """diffusers' tensor name -> ComfyUI's: diffusers' own conversion of the original names, inverted."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    with torch.device("meta"):
+        original = comfy.ldm.wan.vae.WanVAE(
+            dim=width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+            temperal_downsample=[False, True, True], image_channels=3, conv_out_channels=3, dropout=0.0,
+        ).state_dict()  # fmt: skip
+    return {new: old for new, old in convert_wan_vae_to_diffusers({k: k for k in original}).items()}

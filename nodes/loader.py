@@ -1,0 +1,95 @@
+"""QwenEditLoader: a diffusers folder, or ComfyUI's single files, as MODEL, CLIP and VAE."""
+
+from comfy_api.latest import io, ui
+
+from ..qwen_edit.attention import CHOICES as ATTENTION
+from .host import folders
+from .host.loading import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest, load
+
+
+class QwenEditLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditLoader",
+            display_name="Qwen Edit Loader",
+            category="Qwen Edit Fast",
+            description="Loads Qwen-Image-Edit once and keeps it. Weights are read when they are first needed.",
+            inputs=[
+                io.Combo.Input(
+                    "model",
+                    options=folders.models(),
+                    default=folders.default_model(),
+                    tooltip="A diffusers folder (models/diffusers/NAME with model_index.json), a file from"
+                    " models/diffusion_models, or the small demo model.",
+                ),
+                io.Combo.Input(
+                    "text_encoder",
+                    options=folders.text_encoders(),
+                    default=folders.FROM_MODEL,
+                    tooltip="qwen_2.5_vl_7b for single files. A diffusers folder brings its own.",
+                ),
+                io.Combo.Input(
+                    "vae",
+                    options=folders.vaes(),
+                    default=folders.FROM_MODEL,
+                    tooltip="qwen_image_vae for single files. A diffusers folder brings its own.",
+                ),
+                io.Combo.Input(
+                    "profile",
+                    options=["auto", "quality"],
+                    default="auto",
+                    tooltip="quality: never a precision below bf16. auto: what this machine runs best; in this version the"
+                    " same. Profiles for 8 and 4 bit come with the kernels that make them fast.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(PRECISIONS),
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto: bf16 on a GPU, fp32 on the CPU. fp16 overflows in this model on many pictures.",
+                ),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION),
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto: cuDNN on Hopper and newer, else PyTorch's. What does not run here falls back to PyTorch's,"
+                    " and the node says so.",
+                ),
+                io.Combo.Input(
+                    "offload",
+                    options=list(OFFLOAD),
+                    default="auto",
+                    advanced=True,
+                    tooltip="auto: as ComfyUI's memory manager decides. none: stay on the card. text encoder: it leaves the"
+                    " card after encoding. stream: the transformer's blocks come from RAM one by one, slow but small.",
+                ),
+                io.Combo.Input(
+                    "model_version",
+                    options=list(VERSIONS),
+                    default="auto",
+                    advanced=True,
+                    tooltip="For single files: 2511 modulates the reference pictures at t = 0, 2509 does not. auto reads it off"
+                    " the file; some repackaged 2511 files lack the mark.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="MODEL"),
+                io.Clip.Output(display_name="CLIP"),
+                io.Vae.Output(display_name="VAE"),
+            ],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, text_encoder, vae, profile="auto", precision="auto", attention="auto", offload="auto", model_version="auto"
+    ) -> io.NodeOutput:
+        loaded = load(LoadRequest(model, text_encoder, vae, precision, attention, offload, model_version))
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(loaded.notes)))
+
+    @classmethod
+    def fingerprint_inputs(cls, model, text_encoder, vae, **_):
+        """Runs again when a file behind the same name changed."""
+        names = [(folders.model_path, model), (folders.text_encoder_path, text_encoder), (folders.vae_path, vae)]
+        return tuple(folders.fingerprint_of(path_of, [name]) for path_of, name in names)

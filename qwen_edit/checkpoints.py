@@ -1,0 +1,280 @@
+"""What a weights file or folder is, decided from headers before a byte of weights is read.
+
+Two forms are understood: a diffusers folder (``model_index.json`` of ``QwenImageEditPlusPipeline`` or
+``QwenImageEditPipeline``, sharded or not) and one safetensors file holding the transformer, with or without the
+prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffusers' tensor names.
+"""
+
+import json
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import WEIGHTS
+
+PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
+FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+# Present in ComfyUI's single files of 2511 (zero_cond_t); repackaged files may lack it.
+ZERO_COND_MARKER = "__index_timestep_zero__"
+SINGLE_FILE_PREFIX = "model.diffusion_model."
+# safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
+MAX_HEADER_BYTES = 100_000_000
+
+Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
+
+
+@dataclass(frozen=True)
+class TransformerSource:
+    """Where the transformer's weights lie and what they are.
+
+    ``config`` are the arguments of diffusers' ``QwenImageTransformer2DModel``; ``tensors`` maps each of its
+    tensor names to (file, name in the file); ``dtype`` is the dtype that most bytes have on disk.
+    """
+
+    label: str
+    config: Mapping[str, object]
+    tensors: Mapping[str, tuple[Path, str]]
+    dtype: torch.dtype
+    fingerprint: tuple
+
+
+def fingerprint(paths: Iterable[Path]) -> tuple:
+    """Changes when any of the files is replaced: name, size and modification time."""
+    return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths))
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights.
+
+    Raises:
+        ValueError: not a safetensors file, with the likely cause, or a damaged one.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(512)
+    cause = _not_safetensors(start, size)
+    if cause is not None:
+        raise ValueError(f"{WEIGHTS} {path.name} ({size:,} bytes) is not a safetensors file: {cause}")
+    try:
+        # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"{WEIGHTS} {path.name} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
+        ) from e
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header
+
+
+def _not_safetensors(start: bytes, size: int) -> str | None:
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer. Run 'git lfs pull', or download the file itself."
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, probably an error page saved by the download. Download the file again."
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "it is a zip or pickle file. This pack loads safetensors only, because a pickle can run code."
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file, which this version does not load. Use ComfyUI-GGUF's loader for it."
+    if size < 10:
+        return "it is empty or cut off. Download it again."
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER_BYTES or start[8:9] != b"{":
+        return "its first bytes are no safetensors header. It is another kind of file, or damaged."
+    if length + 8 > size:
+        return "it ends inside its own header, so the download was cut off. Download it again."
+    return None
+
+
+def is_edit_folder(folder: Path) -> bool:
+    """Whether the folder's model_index.json names a Qwen-Image-Edit pipeline. Never raises."""
+    try:
+        index = json.loads((folder / "model_index.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(index, dict) and index.get("_class_name") in PIPELINES
+
+
+def transformer_from_folder(folder: Path) -> TransformerSource:
+    """The transformer of a diffusers folder.
+
+    Raises:
+        ValueError: the folder is not a Qwen-Image-Edit pipeline, is incomplete, or a file is damaged.
+    """
+    if not is_edit_folder(folder):
+        raise ValueError(f"{WEIGHTS} {folder.name}: model_index.json does not name {' or '.join(PIPELINES)}.")
+    component = folder / "transformer"
+    config = json.loads((component / "config.json").read_text(encoding="utf-8"))
+    files = weight_files(component)
+    header = {name: (path, name) for path in files for name in read_header(path)}
+    return TransformerSource(
+        label=folder.name,
+        config={k: v for k, v in config.items() if not k.startswith("_")},
+        tensors=header,
+        dtype=_main_dtype(files),
+        fingerprint=fingerprint(files),
+    )
+
+
+def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> TransformerSource:
+    """The transformer in one safetensors file; its configuration is read off the tensor shapes.
+
+    Args:
+        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the marker key.
+
+    Raises:
+        ValueError: another architecture, a quantized file, or a damaged one.
+    """
+    header = read_header(path)
+    prefix = SINGLE_FILE_PREFIX if any(k.startswith(SINGLE_FILE_PREFIX) for k in header) else ""
+    names = {k.removeprefix(prefix): k for k in header if k.startswith(prefix)}
+    _refuse_other_architectures(path, header, names)
+    quantized = [n for n in names if header[names[n]]["dtype"] not in FLOAT_DTYPES and n != ZERO_COND_MARKER]
+    if quantized:
+        raise ValueError(
+            f"{WEIGHTS} {path.name} holds {len(quantized)} tensors in {header[names[quantized[0]]]['dtype']}. This"
+            " version loads bf16, fp16 and fp32 files; use ComfyUI's own loader for quantized ones."
+        )
+    marked = names.pop(ZERO_COND_MARKER, None) is not None
+    return TransformerSource(
+        label=path.stem,
+        config=_config_from_shapes(header, names) | {"zero_cond_t": marked if zero_cond_t is None else zero_cond_t},
+        tensors={name: (path, stored) for name, stored in names.items()},
+        dtype=_main_dtype([path]),
+        fingerprint=fingerprint([path]),
+    )
+
+
+def weight_files(component: Path) -> list[Path]:
+    """The safetensors files of one component of a diffusers folder.
+
+    Raises:
+        ValueError: none is there, or the index names one that is missing.
+    """
+    indices = sorted(component.glob("*.safetensors.index.json"))
+    if indices:
+        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        files = [component / name for name in sorted(set(weight_map.values()))]
+    else:
+        files = sorted(component.glob("*.safetensors"))
+    missing = [f.name for f in files if not f.is_file()]
+    if missing or not files:
+        raise ValueError(
+            f"{WEIGHTS} {component.parent.name}/{component.name} lacks {', '.join(missing) or 'its .safetensors files'}."
+            " Download the folder again."
+        )
+    return files
+
+
+def _refuse_other_architectures(path: Path, header: Mapping[str, dict], names: Mapping[str, str]) -> None:
+    wanted = ("img_in.weight", "txt_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
+    if all(name in names for name in wanted):
+        return
+    found = next((label for label, key in _SIGNATURES if any(key in name for name in header)), None)
+    raise ValueError(
+        f"{WEIGHTS} {path.name}: found {found or f'an unknown architecture ({len(header)} tensors)'}, this loader needs"
+        " the transformer of Qwen-Image-Edit."
+    )
+
+
+# A substring of tensor names that tells the models apart which people keep beside this one.
+_SIGNATURES = (
+    ("a LoRA (use a LoRA loader)", "lora_"),
+    ("FLUX or another model with its blocks", "double_blocks."),
+    ("Stable Diffusion (a U-Net)", "input_blocks."),
+    ("Wan", "blocks.0.cross_attn"),
+    ("Z-Image or Lumina", "noise_refiner"),
+    ("SD3", "joint_blocks."),
+    ("a VAE", "decoder.conv"),
+    ("a VAE", "decoder.middle"),
+    ("a Qwen2.5-VL text encoder", "visual.patch_embed"),
+    ("a language model", "layers.0.self_attn"),
+)
+
+
+def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) -> dict[str, object]:
+    def shape(name: str) -> list[int]:
+        return header[names[name]]["shape"]
+
+    inner, in_channels = shape("img_in.weight")
+    head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
+    blocks = {int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")}
+    config = {
+        "num_layers": max(blocks) + 1,
+        "in_channels": in_channels,
+        "out_channels": shape("proj_out.weight")[0] // 4,
+        "attention_head_dim": head_dim,
+        "num_attention_heads": inner // head_dim,
+        "joint_attention_dim": shape("txt_in.weight")[1],
+    }
+    if head_dim != 128:  # the released models' split is 16, 56, 56; smaller heads keep its proportions
+        side = round(head_dim * 56 / 128 / 2) * 2
+        config["axes_dims_rope"] = [head_dim - 2 * side, side, side]
+    return config
+
+
+def _main_dtype(files: Iterable[Path]) -> torch.dtype:
+    counted: dict[torch.dtype, int] = {}
+    for path in files:
+        for entry in read_header(path).values():
+            begin, end = entry["data_offsets"]
+            dtype = FLOAT_DTYPES.get(entry["dtype"])
+            if dtype is not None:
+                counted[dtype] = counted.get(dtype, 0) + end - begin
+    return max(counted, key=lambda d: counted[d], default=torch.bfloat16)
+
+
+def fill(
+    model: torch.nn.Module,
+    source: TransformerSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    progress: Progress | None = None,
+) -> None:
+    """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
+    """
+    check_names(source.label, model.state_dict().keys(), source.tensors.keys())
+    expected = model.state_dict()
+    files: dict[Path, list[tuple[str, str]]] = {}
+    for name, (path, stored) in source.tensors.items():
+        files.setdefault(path, []).append((name, stored))
+    total, done = sum(t.numel() for t in expected.values()) * dtype.itemsize, 0
+    state = {}
+    for path, entries in files.items():
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            for name, stored in entries:
+                tensor = file.get_tensor(stored)
+                if tensor.shape != expected[name].shape:
+                    raise ValueError(
+                        f"{WEIGHTS} {source.label}: {name} is {list(tensor.shape)}, the model needs"
+                        f" {list(expected[name].shape)}. The configuration and the weights do not belong together."
+                    )
+                state[name] = tensor.to(dtype)
+                done += state[name].nbytes
+                if progress is not None:
+                    progress(done, total)
+    model.load_state_dict(state, strict=True, assign=True)
+    model.requires_grad_(False)
+
+
+def check_names(label: str, wanted: Iterable[str], found: Iterable[str]) -> None:
+    """Raise a ValueError that counts missing and unexpected tensor names and shows the first five of each."""
+    wanted, found = set(wanted), set(found)
+    problems = [
+        f"{len(names)} tensors are {what} ({', '.join(sorted(names)[:5])}{', …' if len(names) > 5 else ''})"
+        for what, names in (("missing", wanted - found), ("unexpected", found - wanted))
+        if names
+    ]
+    if problems:
+        raise ValueError(f"{WEIGHTS} {label}: {' and '.join(problems)}. The file is incomplete or of another model.")
