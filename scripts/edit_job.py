@@ -39,6 +39,14 @@ class Edit:
     model: str | None = None
 
 
+@dataclass(frozen=True)
+class Edited:
+    """A finished edit: ComfyUI's id of it and the files that were written."""
+
+    prompt_id: str
+    paths: list[Path]
+
+
 def load_workflow(pictures: int, named: Path | None = None) -> dict[str, Any]:
     """The workflow for this number of pictures, or the one that is named. Raises JobError."""
     if named is None and pictures not in SHIPPED:
@@ -88,8 +96,8 @@ def _set(workflow: dict[str, Any], class_type: str, name: str, value: str | int 
         workflow[node]["inputs"][name] = value
 
 
-def run_edit(client: ComfyClient, workflow: dict[str, Any], edit: Edit) -> list[Path]:
-    """Upload, queue, show the progress, download; returns the files written. Raises ComfyError.
+def run_edit(client: ComfyClient, workflow: dict[str, Any], edit: Edit) -> Edited:
+    """Upload, queue, show the progress, download. Raises ComfyError.
 
     When it is stopped (Ctrl-C), the prompt is taken out of ComfyUI's queue.
     """
@@ -110,7 +118,7 @@ def run_edit(client: ComfyClient, workflow: dict[str, Any], edit: Edit) -> list[
     paths = [numbered(edit.output, number) for number in range(1, len(images) + 1)]
     for image, path in zip(images, paths, strict=True):
         write_atomically(path, client.download(image))
-    return paths
+    return Edited(prompt_id, paths)
 
 
 def numbered(path: Path, number: int) -> Path:

@@ -140,7 +140,7 @@ def main() -> int:
         for number, edit in enumerate(edits, start=1):
             say(f"[{number}/{len(edits)}] {', '.join(map(str, edit.pictures))}: {edit.prompt}")
             try:
-                for path in run_edit(client, workflow, edit):
+                for path in run_edit(client, workflow, edit).paths:
                     say(f"  wrote {path}")
             except ServerUnreachable:
                 raise

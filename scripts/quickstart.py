@@ -33,7 +33,8 @@ from edit_job import Edit, JobError, load_workflow, run_edit
 
 EXAMPLE_IMAGE = REPO / "workflows" / "api" / "example_input.png"
 EXAMPLE_PROMPT = "turn the picture into greyscale"
-PERF_FOLDER = "qwen_edit_perf"
+PERF_LOG = Path("qwen_edit_perf", "perf.jsonl")
+PERF_PATIENCE_S = 5
 PREPARED = "QWEN_EDIT_FAST_PREPARED"
 
 
@@ -92,13 +93,13 @@ def edit_picture(options: argparse.Namespace, host: Host) -> int:
     edit = Edit((options.image,), options.prompt, options.output, options.preset, options.seed)
     work = cache_folder() / "quickstart"
     with ComfyServer(host, work, cpu=cpu) as server:
-        before = perf_lines(server)
         with ComfyClient(server.url) as client:
             say(f"Editing {options.image}: {options.prompt}")
-            edited = run_edit(client, load_workflow(1), edit)[0]
-        say(f"Wrote {edited}: {check_size(options.image, edited)}")
-        say(f"Wrote {write_before_after(options.image, edited)}")
-        print_stages(perf_lines(server)[len(before) :])
+            edited = run_edit(client, load_workflow(1), edit)
+        picture = edited.paths[0]
+        say(f"Wrote {picture}: {check_size(options.image, picture)}")
+        say(f"Wrote {write_before_after(options.image, picture)}")
+        say(f"\n{stage_table(server, edited.prompt_id)}\n")
         say(f"All of it took {time.monotonic() - begin:.1f} s, the start of ComfyUI included.")
         if options.keep_running:
             say(f"ComfyUI keeps running: open {server.url} in a browser. Ctrl-C stops it.")
@@ -138,14 +139,19 @@ def write_before_after(source: Path, edited: Path) -> Path:
     return path
 
 
-def perf_lines(server: ComfyServer) -> list[str]:
-    """The lines that the performance logger has written, oldest first."""
-    files = sorted((server.output / PERF_FOLDER).glob("*.jsonl"), key=lambda path: path.stat().st_mtime)
-    return [line for path in files for line in path.read_text(encoding="utf-8").splitlines()]
+def stage_table(server: ComfyServer, prompt_id: str) -> str:
+    """Where the time went, as the workflow's Perf Logger recorded it."""
+    sys.path.append(str(REPO))
+    from qwen_edit import perf
 
-
-def print_stages(lines: list[str]) -> None:
-    """PLACEHOLDER"""
+    # The line is written just after the prompt has ended.
+    end = time.monotonic() + PERF_PATIENCE_S
+    while time.monotonic() < end:
+        for record in reversed(perf.read_records(server.output / PERF_LOG)):
+            if record["prompt_id"] == prompt_id:
+                return perf.stage_table(record)
+        time.sleep(0.1)
+    return f"There is no stage table: {server.output / PERF_LOG} has no line for this edit."
 
 
 if __name__ == "__main__":
