@@ -1,1 +1,20 @@
-"""Qwen Edit Fast: Qwen-Image-Edit-2511 for ComfyUI."""
+"""Qwen Edit Fast: Qwen-Image-Edit-2511 in ComfyUI, fast and light and never silently worse."""
+
+WEB_DIRECTORY = "./web"
+
+
+async def comfy_entrypoint():
+    """What ComfyUI calls to learn the pack's nodes. Imports happen here, so that tests and scripts can import the
+    engine without ComfyUI."""
+    from comfy_api.latest import ComfyExtension
+
+    from .nodes import NODES
+
+    class QwenEditFast(ComfyExtension):
+        async def get_node_list(self):
+            return NODES
+
+    return QwenEditFast()
+
+
+__all__ = ["WEB_DIRECTORY", "comfy_entrypoint"]

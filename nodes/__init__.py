@@ -1,1 +1,17 @@
 """The nodes of the pack, in the order in which an edit uses them."""
+
+from .encode import QwenEditEncode
+from .loader import QwenEditLoader
+from .lora import QwenEditLoraSwitch
+from .resize import QwenEditRestoreSize, QwenEditSmartResize
+from .sampler import QwenEditSampler, QwenEditStepPreset
+
+NODES = [
+    QwenEditLoader,
+    QwenEditSmartResize,
+    QwenEditEncode,
+    QwenEditLoraSwitch,
+    QwenEditSampler,
+    QwenEditStepPreset,
+    QwenEditRestoreSize,
+]

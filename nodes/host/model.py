@@ -17,6 +17,7 @@ from ...qwen_edit.rope import Positions
 from ...qwen_edit.transformer import QwenEditTransformer, denoise
 from .lora import active_adapters
 from .memory import ShellPatcher
+from .streaming import BlockStream, StreamingPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
 REFERENCE_METHODS = ("index", "index_timestep_zero")
@@ -26,6 +27,7 @@ class HostTransformer(QwenEditTransformer):
     """The engine's transformer with ComfyUI's calling convention."""
 
     attention: KernelChoice
+    streamed = False  # whether the blocks stay in RAM between their turns
 
     def forward(
         self,
@@ -77,18 +79,20 @@ class HostTransformer(QwenEditTransformer):
         _refuse_what_is_not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
         references = ref_latents or []
         tokens, grids = zip(*(_pack(latents) for latents in (x, *references)), strict=True)
-        velocity = denoise(
-            self,
-            torch.cat(tokens, dim=1),
-            timesteps,
-            context,
-            grids,
-            attend=self.attention.attend,
-            positions=transformer_options.get(POSITIONS, "comfyui"),
-            text_mask=attention_mask,
-            zero_cond_t=None if ref_latents_method is None else ref_latents_method == "index_timestep_zero",
-            adapters=active_adapters(self, transformer_options),
-        )
+        with BlockStream(self.transformer_blocks, x.device) as stream:
+            velocity = denoise(
+                self,
+                torch.cat(tokens, dim=1),
+                timesteps,
+                context,
+                grids,
+                attend=self.attention.attend,
+                positions=transformer_options.get(POSITIONS, "comfyui"),
+                text_mask=attention_mask,
+                zero_cond_t=None if ref_latents_method is None else ref_latents_method == "index_timestep_zero",
+                adapters=active_adapters(self, transformer_options),
+                before_block=stream.before if self.streamed else None,
+            )
         return _unpack(velocity, grids[0], x.shape)
 
 
@@ -131,7 +135,7 @@ def _unpack(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> t
 class QwenEditModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our transformer; a shell (see ``memory.py``)."""
 
-    def __init__(self, source: TransformerSource, dtype: torch.dtype, latent_format, attention: KernelChoice):
+    def __init__(self, source: TransformerSource, dtype: torch.dtype, latent_format, attention: KernelChoice, stream: bool):
         config = comfy.supported_models.QwenImage(
             {"image_model": "qwen_image", "disable_unet_model_creation": True, "dtype": dtype}
         )
@@ -142,6 +146,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
             self.diffusion_model = HostTransformer.from_config(dict(source.config)).to(dtype).eval()
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
+        self.diffusion_model.streamed = stream
 
     @property
     def is_empty(self) -> bool:
@@ -178,10 +183,13 @@ def latent_format(statistics: dict | None):
     return result
 
 
-def make_model(source: TransformerSource, dtype: torch.dtype, statistics: dict | None, attention: KernelChoice) -> ShellPatcher:
+def make_model(
+    source: TransformerSource, dtype: torch.dtype, statistics: dict | None, attention: KernelChoice, stream: bool
+) -> ShellPatcher:
     """A MODEL whose weights are read when it is first used."""
-    return ShellPatcher(
-        QwenEditModel(source, dtype, latent_format(statistics), attention),
+    patcher = StreamingPatcher if stream else ShellPatcher
+    return patcher(
+        QwenEditModel(source, dtype, latent_format(statistics), attention, stream),
         load_device=comfy.model_management.get_torch_device(),
         offload_device=comfy.model_management.unet_offload_device(),
     )

@@ -1,0 +1,149 @@
+"""One edit's instruction and pictures through ComfyUI's CLIP and VAE, of whichever loader."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import node_helpers
+import torch
+
+from ...qwen_edit import pictures as pic
+from ...qwen_edit.errors import INPUT
+from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions
+from ...qwen_edit.resample import to_rgb
+from ...qwen_edit.text_encoder import EDIT_TEMPLATE, TEXT_TEMPLATE, as_plain_text, with_pictures
+from .clip import leave_card
+
+__all__ = ["MAX_PICTURES", "MAX_SIDE", "REFERENCE_SIZES", "Edit", "broadcast", "encode_edit", "leave_card", "split_batches"]
+
+MAX_PICTURES = 10
+TESTED_PICTURES = 3
+MAX_SIDE = 8192
+MAX_AREA = 2048 * 2048
+VISION_AREA = 384 * 384  # diffusers' CONDITION_IMAGE_SIZE
+OFFICIAL_AREA = 1024 * 1024  # diffusers' VAE_IMAGE_SIZE
+REFERENCE_SIZES = ("output grid", "one megapixel")
+GRID = 16  # pixels per token
+SAME_ASPECT = 0.05
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One edit as the node's widgets and links say it. ``pictures``: each ``[1, H, W, C]``, float in [0, 1]."""
+
+    prompt: str
+    negative: str
+    pictures: tuple[torch.Tensor, ...]
+    width: int = 0
+    height: int = 0
+    reference_size: str = REFERENCE_SIZES[0]
+
+
+def split_batches(name: str, images: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """A list of IMAGEs as a list of single pictures: an IMAGE batch counts as that many pictures.
+
+    Raises:
+        ValueError: an empty batch.
+    """
+    for image in images:
+        if not isinstance(image, torch.Tensor) or image.ndim < 3 or image.shape[0] == 0:
+            raise ValueError(f"{INPUT} {name}: got {getattr(image, 'shape', type(image))}, expected pictures [B, H, W, C].")
+    return [single for image in images for single in image.split(1)]
+
+
+def broadcast(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
+    """Rows of equally long lists; a list of one value serves every row.
+
+    Raises:
+        ValueError: two lists have different lengths, neither of them one.
+    """
+    rows = max(len(values) for values in columns.values())
+    uneven = {name: len(values) for name, values in columns.items() if len(values) not in (1, rows)}
+    if uneven:
+        longest = next(name for name, values in columns.items() if len(values) == rows)
+        named = ", ".join(f"{name} has {count}" for name, count in uneven.items())
+        raise ValueError(
+            f"{INPUT} {longest} has {rows} entries, but {named}. Each list must have one entry, or as many as the longest."
+        )
+    for index in range(rows):
+        yield {name: values[index] if len(values) == rows else values[0] for name, values in columns.items()}
+
+
+def encode_edit(clip, vae, edit: Edit) -> tuple[list, list, dict, list[str]]:
+    """Positive and negative conditioning, an empty LATENT, and notes for the node.
+
+    The vision-language encoder sees each picture at 384² area; the reference latents lie on the output's grid or at
+    one megapixel. Both are resized from 8-bit with LANCZOS, as diffusers' pipeline does.
+
+    Raises:
+        ValueError: a size that the model can't take, or a picture without pixels.
+    """
+    originals = [pic.to_pil(to_rgb(picture)[0]) for picture in edit.pictures]
+    width, height, notes = output_size(edit.width, edit.height, originals[0].size)
+    if len(originals) > TESTED_PICTURES:
+        notes.append(f"Warning: {len(originals)} pictures; the model was trained with up to {TESTED_PICTURES}.")
+
+    references, vision = [], []
+    for number, original in enumerate(originals):
+        ratio = original.width / original.height
+        vision.append(pic.to_tensor(pic.resize(original, *_at_least_one(calculate_dimensions(VISION_AREA, ratio)))))
+        size = reference_size(edit.reference_size, number, ratio, width, height)
+        references.append(vae.encode(pic.to_tensor(pic.resize(original, *size))))
+        if size != original.size:
+            notes.append(f"Picture {number + 1}: {original.width}×{original.height} → {size[0]}×{size[1]}")
+
+    conditionings = []
+    for text in (edit.prompt, edit.negative):
+        plain, said = as_plain_text(text)
+        notes += said
+        template = EDIT_TEMPLATE if vision else TEXT_TEMPLATE
+        tokens = clip.tokenize(with_pictures(plain, len(vision)), images=vision, llama_template=template)
+        encoded = clip.encode_from_tokens_scheduled(tokens)
+        conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
+    samples = torch.zeros(
+        [1, 16, 1, height // 8, width // 8], device=comfy.model_management.intermediate_device()
+    )
+    return conditionings[0], conditionings[1], {"samples": samples}, [f"{width}×{height}", *dict.fromkeys(notes)]
+
+
+def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int, list[str]]:
+    """Pixels of the result and notes. 0 takes picture 1's side, or follows its aspect ratio from the other side.
+
+    Raises:
+        ValueError: a side that is no multiple of 16 or outside its range.
+    """
+    for name, value in (("width", width), ("height", height)):
+        if value and not (GRID <= value <= MAX_SIDE and value % GRID == 0):
+            raise ValueError(
+                f"{INPUT} {name} is {value}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
+            )
+    wanted_width = width or (height * picture[0] / picture[1] if height else picture[0])
+    wanted_height = height or (width * picture[1] / picture[0] if width else picture[1])
+    notes = []
+    scale = math.sqrt(MAX_AREA / (wanted_width * wanted_height))
+    if scale < 1:
+        notes.append(f"Warning: reduced to {MAX_AREA / 2**20:g} megapixels (scale {scale:.3g}); use Qwen Edit Smart Resize.")
+        wanted_width, wanted_height = wanted_width * scale, wanted_height * scale
+        width = height = 0
+    return width or _multiple(wanted_width), height or _multiple(wanted_height), notes
+
+
+def reference_size(rule: str, number: int, ratio: float, width: int, height: int) -> tuple[int, int]:
+    """Pixels of reference ``number`` (from 0) with aspect ``ratio`` for a result of ``width`` x ``height``."""
+    if rule not in REFERENCE_SIZES:
+        raise ValueError(f"{INPUT} reference_size is {rule!r}; it must be one of {', '.join(REFERENCE_SIZES)}.")
+    if rule == "one megapixel":
+        return _at_least_one(calculate_dimensions(OFFICIAL_AREA, ratio))
+    if number == 0 and abs(math.log(ratio * height / width)) < max(SAME_ASPECT, MULTIPLE / min(width, height)):
+        return width, height
+    return _at_least_one(calculate_dimensions(width * height, ratio))
+
+
+def _multiple(side: float) -> int:
+    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
+
+
+def _at_least_one(size: tuple[int, int]) -> tuple[int, int]:
+    return max(MULTIPLE, size[0]), max(MULTIPLE, size[1])
