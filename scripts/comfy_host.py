@@ -15,14 +15,16 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import venv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 SCRIPTS = Path(__file__).resolve().parent
 REPO = SCRIPTS.parent
@@ -118,14 +120,19 @@ def prepare_host(named_comfyui: str | None, named_python: str | None, with_tests
     if named_python:
         python = find_python(named_python)
         comfyui = comfyui or fetch_comfyui(python, cache)
-        check_imports(python, comfyui)
+        check_imports(python, comfyui, with_tests)
         return Host(python, comfyui)
     check_python()
     python = ensure_venv(cache / "venv")
     comfyui = comfyui or fetch_comfyui(python, cache)
-    files = [ENVIRONMENT, comfyui / "requirements.txt", REPO / "requirements.txt"]
-    install(python, files + [TEST_ENVIRONMENT] * with_tests, cache / "venv" / "installed.json")
+    install(python, requirement_files(comfyui, with_tests), cache / "venv" / "installed.json")
     return Host(python, comfyui)
+
+
+def requirement_files(comfyui: Path, with_tests: bool) -> list[Path]:
+    """What goes into the environment: our pins, then ComfyUI's, the pack's and the tests' requirements."""
+    files = [ENVIRONMENT, comfyui / "requirements.txt", REPO / "requirements.txt"]
+    return files + [TEST_ENVIRONMENT] * with_tests
 
 
 def find_python(named: str) -> Path:
@@ -136,20 +143,19 @@ def find_python(named: str) -> Path:
     return python
 
 
-def check_imports(python: Path, comfyui: Path) -> None:
+def check_imports(python: Path, comfyui: Path, with_tests: bool = False) -> None:
     """Raise HostError unless `python` has what ComfyUI and the pack need."""
-    code = (
-        "import importlib.util as u; names = 'torch torchvision aiohttp av yaml diffusers peft psutil';"
-        "print(' '.join(n for n in names.split() if u.find_spec(n) is None))"
-    )
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    names = ["torch", "torchvision", "aiohttp", "av", "yaml", "diffusers", "peft", "psutil"]
+    names += ["pytest", "ruff", "pyright", "skimage"] * with_tests
+    code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
+    found = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=False)
     if found.returncode:
         raise HostError(f"{python} does not run:\n{found.stderr.strip()}")
     if found.stdout.strip():
+        files = requirement_files(comfyui, with_tests)[1:]
         raise HostError(
-            f"{python} has no {', '.join(found.stdout.split())}. Install them with\n"
-            f'  "{python}" -m pip install -r "{comfyui / "requirements.txt"}" '
-            f'-r "{REPO / "requirements.txt"}"'
+            f"{python} has no {', '.join(found.stdout.split())}. Install what is missing with\n"
+            f'  "{python}" -m pip install ' + " ".join(f'-r "{file}"' for file in files)
         )
 
 
@@ -314,11 +320,29 @@ def link_pack(custom_nodes: Path) -> Path:
     return link
 
 
-def run_as_script(main) -> None:
-    """Run a script's `main() -> int`; problems end it with one readable message and status 1."""
+def run_child(command: Sequence[str | Path], comfyui: Path) -> int:
+    """Run a command that knows of `comfyui`, pass Ctrl-C and termination on, and return its status."""
+    child = subprocess.Popen(command, env={**os.environ, "COMFYUI_PATH": str(comfyui)})
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            continue  # The terminal has told the child too, which now cleans up.
+        except SystemExit:
+            child.terminate()
+            child.wait()
+            raise
+
+
+def run_as_script(main: Callable[[], int], *errors: type[Exception]) -> NoReturn:
+    """Run a script's main; HostError and `errors` end it with one readable message and status 1.
+
+    Termination (a CI job's time limit) becomes SystemExit, so that servers are stopped on the way out.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         status = main()
-    except HostError as error:
+    except (HostError, *errors) as error:
         print(f"\nError: {error}", file=sys.stderr)
         status = 1
     except KeyboardInterrupt:
