@@ -207,7 +207,12 @@ def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) ->
     inner, in_channels = shape("img_in.weight")
     head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
     blocks = {int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")}
-    config = {
+    if head_dim != 128:
+        raise ValueError(
+            f"{WEIGHTS} The attention heads have {head_dim} channels, Qwen-Image-Edit's 128. How positions are split over"
+            " other heads is not in a single file; use a diffusers folder."
+        )
+    return {
         "num_layers": max(blocks) + 1,
         "in_channels": in_channels,
         "out_channels": shape("proj_out.weight")[0] // 4,
@@ -215,10 +220,6 @@ def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) ->
         "num_attention_heads": inner // head_dim,
         "joint_attention_dim": shape("txt_in.weight")[1],
     }
-    if head_dim != 128:  # the released models' split is 16, 56, 56; smaller heads keep its proportions
-        side = round(head_dim * 56 / 128 / 2) * 2
-        config["axes_dims_rope"] = [head_dim - 2 * side, side, side]
-    return config
 
 
 def _main_dtype(files: Iterable[Path]) -> torch.dtype:

@@ -1,8 +1,8 @@
-"""LoRA files for the transformer: read by diffusers, held by peft, applied by the forward.
+"""LoRA files for the transformer: read by diffusers, scaled by peft, applied by the forward.
 
-diffusers converts the key styles in use (diffusers/peft, ``lora_down``/``lora_up`` with alpha, kohya), peft makes
-its layers and decides the scale (alpha / rank, rank-stabilized, per-layer patterns). peft's layers are made in a
-skeleton of the transformer without weights, never in the real one: injecting them there would rename its weights to
+diffusers converts the key styles in use (diffusers/peft, ``lora_down``/``lora_up`` with alpha, kohya); peft makes
+its layers from them and so decides which linears they belong to and how they are scaled (alpha / rank,
+rank-stabilized, per-layer patterns). peft's layers are made in a skeleton of the transformer without weights, never in the real one: injecting them there would rename its weights to
 ``….base_layer.weight`` and leak the adapter into every clone. The forward (``transformer.py``) adds them as
 low-rank addends, so that switching touches no weight.
 """
@@ -117,7 +117,8 @@ def _peft_layers(path: Path, skeleton, state: dict[str, torch.Tensor]) -> dict[s
     layers = {}
     for module_name, module in skeleton.named_modules():
         if isinstance(module, LoraLayer) and name in module.lora_A:
-            a, b = module.lora_A[name].weight.detach(), module.lora_B[name].weight.detach()
+            # peft's own copies follow the skeleton's base layers onto meta; the tensors are the file's.
+            a, b = (state[f"transformer.{module_name}.lora_{part}.weight"] for part in "AB")
             layers[module_name] = LowRank(a, b, float(module.scaling[name]))
     return layers
 

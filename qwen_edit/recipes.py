@@ -112,6 +112,8 @@ def dynamic_sigmas(shift: DynamicShift, steps: int, tokens: int) -> torch.Tensor
     """
     from diffusers.schedulers.scheduling_flow_match_euler_discrete import FlowMatchEulerDiscreteScheduler
 
+    if steps == 1:  # nothing to stretch: diffusers divides zero by zero here
+        return torch.tensor([1.0, 0.0])
     scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=shift.shift_terminal)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=shift.mu(tokens))
     return scheduler.sigmas
@@ -128,7 +130,7 @@ def sigma_table(shift: DynamicShift, steps: int, tokens: int) -> torch.Tensor:
     power = math.exp(shift.mu(tokens))
     t = torch.arange(1, size + 1, dtype=torch.float64) / size
     shifted = power / (power + 1 / t - 1)
-    if shift.shift_terminal is not None:
+    if shift.shift_terminal is not None and steps > 1:
         last = power / (power + steps - 1)
         shifted = 1 - (1 - shifted) * (1 - shift.shift_terminal) / (1 - last)
     return shifted.clamp_min(1e-6).float()

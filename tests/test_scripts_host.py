@@ -43,9 +43,7 @@ def test_supported_pythons_are_accepted(version):
 
 
 def test_the_scripts_need_only_the_standard_library():
-    names = (
-        "comfy_host, comfy_server, comfy_client, comfy_socket, edit_job, queue_edit, quickstart, run_tests"
-    )
+    names = "comfy_host, comfy_server, comfy_client, comfy_socket, edit_job, queue_edit, quickstart, run_tests"
     # -S leaves site-packages out.
     subprocess.run([sys.executable, "-S", "-c", f"import {names}"], cwd=comfy_host.SCRIPTS, check=True)
 

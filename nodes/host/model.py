@@ -1,6 +1,7 @@
 """Our transformer as a MODEL of ComfyUI: a ``QwenImage`` whose ``diffusion_model`` is diffusers' transformer."""
 
-import comfy.conds
+import logging
+
 import comfy.latent_formats
 import comfy.ldm.common_dit
 import comfy.model_base
@@ -171,6 +172,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         return self.diffusion_model.img_in.weight.is_meta
 
     def fill(self, device: torch.device) -> None:
+        logging.info("Qwen Edit Fast: reading the transformer of %s", self.source.label)
         bar = comfy.utils.ProgressBar(100)
         fill(
             self.diffusion_model,

@@ -4,6 +4,7 @@
 Python that has ComfyUI's requirements.
 """
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,10 +34,25 @@ def host() -> Host:
     return Host(Path(sys.executable), comfyui)
 
 
+MODEL_FOLDERS = ("diffusers", "diffusion_models", "text_encoders", "vae", "loras")
+
+
 @pytest.fixture(scope="session")
-def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Model folders that the shared server reads, for tests to fill: `models / "loras"` and so on."""
+    root = tmp_path_factory.mktemp("models")
+    for folder in MODEL_FOLDERS:
+        (root / folder).mkdir()
+    paths = {"test": {"base_path": str(root)} | {folder: folder for folder in MODEL_FOLDERS}}
+    (root / "paths.yaml").write_text(json.dumps(paths), encoding="utf-8")  # JSON is YAML
+    return root
+
+
+@pytest.fixture(scope="session")
+def server(host: Host, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """The shared server: `.url`, `.input`, `.output`, `.user`, `.temp`, `.log_tail()`."""
-    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), cpu=True) as running:
+    extra = ["--extra-model-paths-config", str(models / "paths.yaml")]
+    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), extra, cpu=True) as running:
         yield running
 
 
