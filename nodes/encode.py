@@ -3,7 +3,16 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
-from .host.encoding import MAX_PICTURES, MAX_SIDE, REFERENCE_SIZES, Edit, broadcast, encode_edit, leave_card, split_batches
+from .host.encoding import (
+    MAX_PICTURES,
+    MAX_SIDE,
+    REFERENCE_SIZES,
+    Edit,
+    broadcast,
+    encode_edit,
+    leave_card,
+    split_batches,
+)
 
 
 class QwenEditEncode(io.ComfyNode):
@@ -34,7 +43,10 @@ class QwenEditEncode(io.ComfyNode):
                 io.Autogrow.Input(
                     "pictures",
                     template=io.Autogrow.TemplateNames(
-                        io.Image.Input("picture", tooltip="The picture to edit, then references. More than three is untested."),
+                        io.Image.Input(
+                            "picture",
+                            tooltip="The picture to edit, then references. More than three is untested.",
+                        ),
                         names=[f"picture_{i + 1}" for i in range(MAX_PICTURES)],
                         min=1,
                     ),

@@ -4,7 +4,7 @@ from comfy_api.latest import io, ui
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
 from .host import folders
-from .host.loading import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest, load
+from .host.request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
 
 
 class QwenEditLoader(io.ComfyNode):
@@ -83,13 +83,27 @@ class QwenEditLoader(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, text_encoder, vae, profile="auto", precision="auto", attention="auto", offload="auto", model_version="auto"
+        cls,
+        model,
+        text_encoder,
+        vae,
+        profile="auto",
+        precision="auto",
+        attention="auto",
+        offload="auto",
+        model_version="auto",
     ) -> io.NodeOutput:
+        from .host.loading import load  # brings diffusers: only when a node runs
+
         loaded = load(LoadRequest(model, text_encoder, vae, precision, attention, offload, model_version))
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(loaded.notes)))
 
     @classmethod
     def fingerprint_inputs(cls, model, text_encoder, vae, **_):
         """Runs again when a file behind the same name changed."""
-        names = [(folders.model_path, model), (folders.text_encoder_path, text_encoder), (folders.vae_path, vae)]
+        names = [
+            (folders.model_path, model),
+            (folders.text_encoder_path, text_encoder),
+            (folders.vae_path, vae),
+        ]
         return tuple(folders.fingerprint_of(path_of, [name]) for path_of, name in names)

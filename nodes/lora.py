@@ -6,8 +6,6 @@ from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
 from .host import folders
-from .host.lora import switch
-from .host.sampling import require_ours
 
 SLOTS = 4
 MAX_STRENGTH = 10.0
@@ -16,7 +14,9 @@ MAX_STRENGTH = 10.0
 class QwenEditLoraSwitch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
-        inputs: list[io.Input] = [io.Model.Input("model", tooltip="From Qwen Edit Loader, or another LoRA switch: they add up.")]
+        inputs: list[io.Input] = [
+            io.Model.Input("model", tooltip="From Qwen Edit Loader, or another LoRA switch: they add up.")
+        ]
         for slot in range(1, SLOTS + 1):
             inputs += [
                 io.Combo.Input(
@@ -48,6 +48,9 @@ class QwenEditLoraSwitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, **slots) -> io.NodeOutput:
+        from .host.lora import switch  # brings diffusers: only when a node runs
+        from .host.sampling import require_ours
+
         require_ours(model)
         wanted = []
         for slot in range(1, SLOTS + 1):

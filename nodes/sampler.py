@@ -4,7 +4,6 @@ from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
 from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, recipe_for
-from .host import sampling
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -22,7 +21,14 @@ def _preset() -> io.Combo.Input:
 
 def _overrides() -> list[io.Input]:
     return [
-        io.Int.Input("steps", default=0, min=0, max=MAX_STEPS, advanced=True, tooltip="0: the preset's number of steps."),
+        io.Int.Input(
+            "steps",
+            default=0,
+            min=0,
+            max=MAX_STEPS,
+            advanced=True,
+            tooltip="0: the preset's number of steps.",
+        ),
         io.Float.Input(
             "true_cfg_scale",
             default=0.0,
@@ -79,9 +85,13 @@ class QwenEditSampler(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, model, positive, negative, latent, preset, seed, steps=0, true_cfg_scale=0.0, shift=0.0) -> io.NodeOutput:
+    def execute(
+        cls, model, positive, negative, latent, preset, seed, steps=0, true_cfg_scale=0.0, shift=0.0
+    ) -> io.NodeOutput:
         if not 0 <= seed <= MAX_SEED:
             raise ValueError(f"{INPUT} The seed is {seed}; it must be 0 to {MAX_SEED}.")
+        from .host import sampling  # brings diffusers: only when a node runs
+
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         result = sampling.sample(model, positive, negative, latent, recipe, seed)
         return io.NodeOutput(result, ui=ui.PreviewText(summary(recipe)))
@@ -112,8 +122,8 @@ class QwenEditStepPreset(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, preset, steps=0, true_cfg_scale=0.0, shift=0.0) -> io.NodeOutput:
+        from .host import sampling
+
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         prepared, sigmas = sampling.apply_recipe(model, latent, recipe)
-        return io.NodeOutput(
-            prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=ui.PreviewText(summary(recipe))
-        )
+        return io.NodeOutput(prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=ui.PreviewText(summary(recipe)))

@@ -90,7 +90,9 @@ def resolve(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int
     name = _automatic(device, dtype) if wanted == "auto" else wanted
     problem = _probe(name, device, dtype, head_dim)
     if problem is None:
-        return KernelChoice(wanted, name, "chosen for this card" if wanted == "auto" else "as asked", _IMPLEMENTATIONS[name])
+        return KernelChoice(
+            wanted, name, "chosen for this card" if wanted == "auto" else "as asked", _IMPLEMENTATIONS[name]
+        )
     return KernelChoice(wanted, "pytorch", f"{name} does not run here: {problem}", _pytorch)
 
 

@@ -41,9 +41,7 @@ def rope_tables(
     """
     # Inference tensors must not outlive the mode in a cache that training or plain Python may read.
     with torch.inference_mode(False):
-        frequencies = [
-            1.0 / torch.pow(THETA, torch.arange(0, dim, 2).to(torch.float32).div(dim)) for dim in axes_dims
-        ]
+        frequencies = [1.0 / torch.pow(THETA, torch.arange(0, dim, 2).to(torch.float32).div(dim)) for dim in axes_dims]
         first_text = _first_text_position(grids, positions)
         text = torch.arange(first_text, first_text + text_length)
         angles = [torch.cat([torch.outer(text, f) for f in frequencies], dim=1)]

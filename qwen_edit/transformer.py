@@ -214,7 +214,9 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             ValueError: guidance or attention_kwargs are given; this model has no use for them.
         """
         if guidance is not None or attention_kwargs:
-            raise ValueError("This forward takes neither guidance nor attention_kwargs: Qwen-Image-Edit has no use for them.")
+            raise ValueError(
+                "This forward takes neither guidance nor attention_kwargs: Qwen-Image-Edit has no use for them."
+            )
         if encoder_hidden_states is None or timestep is None or img_shapes is None:
             raise ValueError("encoder_hidden_states, timestep and img_shapes are all needed.")
         if self.attention is None:

@@ -16,7 +16,16 @@ from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, TEXT_TEMPLATE, as_plain_text, with_pictures
 from .clip import leave_card
 
-__all__ = ["MAX_PICTURES", "MAX_SIDE", "REFERENCE_SIZES", "Edit", "broadcast", "encode_edit", "leave_card", "split_batches"]
+__all__ = [
+    "MAX_PICTURES",
+    "MAX_SIDE",
+    "REFERENCE_SIZES",
+    "Edit",
+    "broadcast",
+    "encode_edit",
+    "leave_card",
+    "split_batches",
+]
 
 MAX_PICTURES = 10
 TESTED_PICTURES = 3
@@ -49,7 +58,9 @@ def split_batches(name: str, images: Sequence[torch.Tensor]) -> list[torch.Tenso
     """
     for image in images:
         if not isinstance(image, torch.Tensor) or image.ndim < 3 or image.shape[0] == 0:
-            raise ValueError(f"{INPUT} {name}: got {getattr(image, 'shape', type(image))}, expected pictures [B, H, W, C].")
+            raise ValueError(
+                f"{INPUT} {name}: got {getattr(image, 'shape', type(image))}, expected pictures [B, H, W, C]."
+            )
     return [single for image in images for single in image.split(1)]
 
 
@@ -102,10 +113,13 @@ def encode_edit(clip, vae, edit: Edit) -> tuple[list, list, dict, list[str]]:
         tokens = clip.tokenize(with_pictures(plain, len(vision)), images=vision, llama_template=template)
         encoded = clip.encode_from_tokens_scheduled(tokens)
         conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
-    samples = torch.zeros(
-        [1, 16, 1, height // 8, width // 8], device=comfy.model_management.intermediate_device()
+    samples = torch.zeros([1, 16, 1, height // 8, width // 8], device=comfy.model_management.intermediate_device())
+    return (
+        conditionings[0],
+        conditionings[1],
+        {"samples": samples},
+        [f"{width}×{height}", *dict.fromkeys(notes)],
     )
-    return conditionings[0], conditionings[1], {"samples": samples}, [f"{width}×{height}", *dict.fromkeys(notes)]
 
 
 def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int, list[str]]:
@@ -124,7 +138,9 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
     notes = []
     scale = math.sqrt(MAX_AREA / (wanted_width * wanted_height))
     if scale < 1:
-        notes.append(f"Warning: reduced to {MAX_AREA / 2**20:g} megapixels (scale {scale:.3g}); use Qwen Edit Smart Resize.")
+        notes.append(
+            f"Warning: reduced to {MAX_AREA / 2**20:g} megapixels (scale {scale:.3g}); use Qwen Edit Smart Resize."
+        )
         wanted_width, wanted_height = wanted_width * scale, wanted_height * scale
         width = height = 0
     return width or _multiple(wanted_width), height or _multiple(wanted_height), notes

@@ -106,7 +106,9 @@ def _check(what: str, name: str, offered: list[str]) -> None:
 def _file(folder: str, name: str) -> Path:
     path = folder_paths.get_full_path(folder, name)
     if path is None:
-        raise ValueError(f"{INPUT} {name!r} is no longer in ComfyUI's {folder} folder. Refresh the list and choose again.")
+        raise ValueError(
+            f"{INPUT} {name!r} is no longer in ComfyUI's {folder} folder. Refresh the list and choose again."
+        )
     return Path(path)
 
 

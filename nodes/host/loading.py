@@ -24,24 +24,8 @@ from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .memory import OWNER, ShellPatcher
 from .model import make_model
+from .request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
 from .vae import load_vae, statistics
-
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-OFFLOAD = ("auto", "none", "text encoder", "stream")
-VERSIONS = {"auto": None, "2511": True, "2509": False}
-
-
-@dataclass(frozen=True)
-class LoadRequest:
-    """The loader's widgets."""
-
-    model: str
-    text_encoder: str = folders.FROM_MODEL
-    vae: str = folders.FROM_MODEL
-    precision: str = "auto"
-    attention: str = "auto"
-    offload: str = "auto"
-    model_version: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -75,11 +59,14 @@ def load(request: LoadRequest) -> Loaded:
     path = folders.model_path(request.model)
     encoder, vae = _companions(request, path)
     source = (
-        transformer_from_folder(path)
-        if path.is_dir()
-        else transformer_from_file(path, VERSIONS[request.model_version])
+        transformer_from_folder(path) if path.is_dir() else transformer_from_file(path, VERSIONS[request.model_version])
     )
-    key = (request, source.fingerprint, fingerprint(_files(encoder, "text_encoder")), fingerprint(_files(vae, "vae")))
+    key = (
+        request,
+        source.fingerprint,
+        fingerprint(_files(encoder, "text_encoder")),
+        fingerprint(_files(vae, "vae")),
+    )
     loaded, _ = OWNER.get(key, lambda: _make(request, source, encoder, vae), lambda made: made.nbytes)
     return loaded
 
@@ -111,7 +98,11 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
     attention = resolve(request.attention, device, dtype, int(source.config.get("attention_head_dim", 128)))
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
     model = make_model(
-        source, dtype, statistics(vae_path) if vae_path.is_dir() else None, attention, stream=request.offload == "stream"
+        source,
+        dtype,
+        statistics(vae_path) if vae_path.is_dir() else None,
+        attention,
+        stream=request.offload == "stream",
     )
     clip = load_clip(encoder) if encoder.is_dir() else _single_clip(encoder)
     if request.offload == "text encoder":

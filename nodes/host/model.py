@@ -59,7 +59,14 @@ class HostTransformer(QwenEditTransformer):
             ),
         )
         return executor.execute(
-            x, timesteps, context, attention_mask, ref_latents, additional_t_cond, transformer_options, **kwargs
+            x,
+            timesteps,
+            context,
+            attention_mask,
+            ref_latents,
+            additional_t_cond,
+            transformer_options,
+            **kwargs,
         )
 
     def _forward(
@@ -115,7 +122,9 @@ def _refuse_what_is_not_honoured(x, control, additional_t_cond, method, transfor
             " it, or load the model with ComfyUI's own loader."
         )
     if x.ndim != 5 or x.shape[2] != 1:
-        raise ValueError(f"{INPUT} The latents are {list(x.shape)}; this model edits pictures: [B, 16, 1, height/8, width/8].")
+        raise ValueError(
+            f"{INPUT} The latents are {list(x.shape)}; this model edits pictures: [B, 16, 1, height/8, width/8]."
+        )
 
 
 def _pack(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
@@ -135,7 +144,14 @@ def _unpack(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> t
 class QwenEditModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our transformer; a shell (see ``memory.py``)."""
 
-    def __init__(self, source: TransformerSource, dtype: torch.dtype, latent_format, attention: KernelChoice, stream: bool):
+    def __init__(
+        self,
+        source: TransformerSource,
+        dtype: torch.dtype,
+        latent_format,
+        attention: KernelChoice,
+        stream: bool,
+    ):
         config = comfy.supported_models.QwenImage(
             {"image_model": "qwen_image", "disable_unet_model_creation": True, "dtype": dtype}
         )
@@ -143,7 +159,9 @@ class QwenEditModel(comfy.model_base.QwenImage):
         super().__init__(config)
         self.source = source
         with torch.device("meta"):
-            self.diffusion_model = HostTransformer.from_config(dict(source.config)).to(dtype).eval()
+            transformer = HostTransformer.from_config(dict(source.config)).eval()
+        # diffusers' own .to warns about layers to keep in float32; this model has none.
+        self.diffusion_model = torch.nn.Module.to(transformer, dtype)
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
         self.diffusion_model.streamed = stream
@@ -184,7 +202,11 @@ def latent_format(statistics: dict | None):
 
 
 def make_model(
-    source: TransformerSource, dtype: torch.dtype, statistics: dict | None, attention: KernelChoice, stream: bool
+    source: TransformerSource,
+    dtype: torch.dtype,
+    statistics: dict | None,
+    attention: KernelChoice,
+    stream: bool,
 ) -> ShellPatcher:
     """A MODEL whose weights are read when it is first used."""
     patcher = StreamingPatcher if stream else ShellPatcher

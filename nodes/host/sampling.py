@@ -24,8 +24,8 @@ def apply_recipe(model, latent: dict, recipe: Recipe):
     Raises:
         ValueError: the MODEL is of another family or the LATENT of another shape.
     """
-    check_latent(latent)
     require_ours(model)
+    latent = native_latent(model, latent)
     clone = with_positions(model, recipe.positions)
     if recipe.cfg_rescale == "norm":
         clone.set_model_sampler_cfg_function(_rescaled_cfg)
@@ -48,6 +48,8 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     Raises:
         ValueError: the result holds NaN or infinity; the message names attention and precision.
     """
+    require_ours(model)
+    latent = native_latent(model, latent)
     prepared, sigmas = apply_recipe(model, latent, recipe)
     samples = latent["samples"]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -76,17 +78,23 @@ def require_ours(model) -> None:
         )
 
 
-def check_latent(latent: dict) -> None:
-    """Raise a ValueError unless LATENT is ``[B, 16, 1, h, w]`` or ``[B, 16, h, w]`` with finite numbers."""
-    samples = latent["samples"]
-    pictures = samples.ndim == 4 or (samples.ndim == 5 and samples.shape[2] == 1)
-    if not pictures or samples.shape[1] != 16 or 0 in samples.shape:
+def native_latent(model, latent: dict) -> dict:
+    """The LATENT as ``[B, 16, 1, h, w]``; empty ones of other nodes are brought to this shape as KSampler does.
+
+    Raises:
+        ValueError: another shape, or numbers that are not finite.
+    """
+    samples = comfy.sample.fix_empty_latent_channels(
+        model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
+    )
+    if samples.ndim != 5 or samples.shape[1] != 16 or samples.shape[2] != 1 or 0 in samples.shape:
         raise ValueError(
             f"{INPUT} The LATENT is {list(samples.shape)}; this model needs [batch, 16, 1, height/8, width/8]."
             " Connect the one from QwenEditEncode."
         )
     if not torch.isfinite(samples).all():
         raise ValueError(f"{NAN} The LATENT that goes in holds NaN or infinity.")
+    return {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")} | {"samples": samples}
 
 
 def check_finite(samples: torch.Tensor, model) -> None:

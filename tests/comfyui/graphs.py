@@ -25,7 +25,9 @@ def loader(**overrides: Any) -> dict[str, Any]:
     return node("QwenEditLoader", **inputs | overrides)
 
 
-def edit_graph(pictures: list[str], prompt: str, *, preset="standard", seed=7, width=0, height=0, **sampler: Any) -> Graph:
+def edit_graph(
+    pictures: list[str], prompt: str, *, preset="standard", seed=7, width=0, height=0, **sampler: Any
+) -> Graph:
     """LoadImage … -> loader, encode, sampler, decode -> SaveImage. Decode is node "decode", save "save"."""
     graph: Graph = {"loader": loader()}
     encode = {
