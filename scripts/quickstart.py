@@ -31,7 +31,7 @@ from comfy_host import (
 from comfy_server import ComfyServer, has_cuda
 from edit_job import Edit, JobError, load_workflow, run_edit
 
-EXAMPLE_IMAGE = REPO / "workflows" / "api" / "example_input.png"
+EXAMPLE_IMAGE = REPO / "web" / "examples" / "qwen_edit_astronaut.png"
 EXAMPLE_PROMPT = "turn the picture into greyscale"
 PERF_LOG = Path("qwen_edit_perf", "perf.jsonl")
 PERF_PATIENCE_S = 5
