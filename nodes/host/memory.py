@@ -10,7 +10,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import comfy.model_management
 import torch
@@ -91,16 +91,18 @@ class Owner(Generic[T]):
         """The thing kept under ``key``, made if there is none, and whether it was there already."""
         self._idle.clear()
         found = key in self._kept
-        if not found:
-            made = make()
-            self._kept[key] = (made, size(made))
+        if found:
+            thing, _ = self._kept[key]
+        else:
+            thing = make()
+            self._kept[key] = (thing, size(thing))
         self._kept.move_to_end(key)
         bound = comfy.model_management.total_ram * 1024 * 1024
         while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
             dropped, _ = self._kept.popitem(last=False)
             logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
             self._idle.append(dropped[0])
-        return self._kept[key][0], found
+        return thing, found
 
     def forget_all(self) -> None:
         """Let go of everything, a moment later: this is called by ComfyUI's memory manager while it walks its list
@@ -118,4 +120,4 @@ class Owner(Generic[T]):
             self._idle.clear()
 
 
-OWNER: Owner = Owner()
+OWNER: Owner[Any] = Owner()
