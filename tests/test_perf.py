@@ -12,6 +12,7 @@ import torch
 
 from qwen_edit import perf
 from qwen_edit.perf import log as perf_log
+from qwen_edit.perf import run as perf_run
 
 
 @pytest.fixture(autouse=True)
@@ -23,15 +24,32 @@ def _nothing_stays_active():
         pytest.fail("a run was left active")
 
 
+class Clock:
+    """Time that passes only in `wait`."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    time = staticmethod(time.time)
+
+
+CLOCK = Clock()
+
+
+@pytest.fixture(autouse=True)
+def _clock(monkeypatch):
+    monkeypatch.setattr(perf_run, "time", CLOCK)
+
+
 def wait(ms: float) -> None:
-    end = time.perf_counter() + ms / 1000
-    while time.perf_counter() < end:
-        time.sleep(0.001)
+    CLOCK.now += ms / 1000
 
 
-def close(got: float, expected: float, slack: float = 25) -> bool:
-    """Clocks on a busy machine run late, never early."""
-    return expected - 1 <= got <= expected + slack
+def close(got: float, expected: float) -> bool:
+    return got == pytest.approx(expected, abs=0.11)
 
 
 # Stages
@@ -58,7 +76,7 @@ def test_shares_add_up_and_time_counts_where_it_was_spent():
     assert [name for name in stages] == ["load", "lora", "denoise", "host"]
     (span,) = record["spans"]
     assert span["stage"] == "denoise"
-    assert close(span["ms"], 100, 40)
+    assert close(span["ms"], 100)
     assert set(span["inner"]) == {"load", "lora"}
 
 
@@ -67,7 +85,7 @@ def test_nothing_is_recorded_and_nothing_costs_without_a_run():
     for _ in range(20_000):
         with perf.stage("denoise"):
             perf.record_step()
-    assert time.perf_counter() - started < 0.2  # 10 µs each, on a slow machine
+    assert time.perf_counter() - started < 1  # 50 µs each, on a slow and busy machine
     assert perf.active_run() is None
 
 
@@ -81,7 +99,7 @@ def test_a_stage_ends_when_its_code_raises():
         with pytest.raises(RuntimeError, match="boom"):
             fail()
         wait(30)
-    assert run.record()["stages"]["decode"]["ms"] < 25
+    assert run.record()["stages"]["decode"]["ms"] == 5
 
 
 def test_recording_ends_when_its_code_is_interrupted():
@@ -125,7 +143,7 @@ def test_steps_announced_by_the_engine():
     steps = run.record()["spans"][0]["steps"]
     assert (steps["count"], steps["source"]) == (4, "engine")
     assert close(steps["first_ms"], 40)
-    assert all(close(got, expected, 15) for got, expected in zip(steps["ms"], (10, 20, 10), strict=True))
+    assert all(close(got, expected) for got, expected in zip(steps["ms"], (10, 20, 10), strict=True))
     assert steps["device_ms"] == []
 
 
@@ -155,9 +173,9 @@ def test_nodes_stages_inside_them_and_cached_ones():
     record = run.record()
     loader, sampler, cached = record["nodes"]
     assert (loader["id"], loader["class_type"], loader["stage"]) == ("1", "QwenEditLoader", "load")
-    assert close(sampler["ms"], 50, 40)
+    assert close(sampler["ms"], 50)
     assert close(sampler["inner"]["load"], 30)
-    assert close(record["stages"]["load"]["ms"], 40, 40)
+    assert close(record["stages"]["load"]["ms"], 40)
     assert close(record["stages"]["denoise"]["ms"], 20)
     assert (cached["id"], cached["cached"], cached["ms"]) == ("2", True, 0.0)
     assert record["prompt_id"] == "p"
