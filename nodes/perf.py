@@ -34,8 +34,7 @@ class QwenEditPerfLogger(io.ComfyNode):
                     "label",
                     default="",
                     optional=True,
-                    tooltip="Name of this tap in the log, to tell runs or places apart. It is written as it "
-                    "is.",
+                    tooltip="Name of this tap in the log, to tell runs or places apart. It is written as it is.",
                 ),
                 io.Boolean.Input(
                     "include_text",
@@ -63,9 +62,7 @@ class QwenEditPerfLogger(io.ComfyNode):
     def execute(cls, value, label="", include_text=False) -> io.NodeOutput:
         run = ensure_run()
         if run is None:
-            return io.NodeOutput(
-                value, ui=ui.PreviewText("Not measured: ComfyUI's queue is not running this.")
-            )
+            return io.NodeOutput(value, ui=ui.PreviewText("Not measured: ComfyUI's queue is not running this."))
         context = get_executing_context()
         run.tap(label[:MAX_LABEL], context.node_id if context else None)
         return io.NodeOutput(value, ui=ui.PreviewText(stage_table(run.record("so far", wait=False))))

@@ -201,10 +201,7 @@ def restore(
     rgb = to_rgb(edited, "edited image")
     batch, height, width, _ = rgb.shape
     zoom_x, zoom_y = width / geometry.target_width, height / geometry.target_height
-    if (
-        abs(geometry.target_height * zoom_x - height) > 1.0
-        and abs(geometry.target_width * zoom_y - width) > 1.0
-    ):
+    if abs(geometry.target_height * zoom_x - height) > 1.0 and abs(geometry.target_width * zoom_y - width) > 1.0:
         raise ValueError(
             f"[QE_INPUT] edited image: got {width}×{height}, expected {geometry.target_width}×"
             f"{geometry.target_height} or a multiple of it. Connect the geometry of the Smart Resize that "
@@ -321,9 +318,7 @@ def _centred(outer_width: int, outer_height: int, width: float, height: float) -
     """A box of the nearest whole size, at least one pixel, in the middle of the outer rectangle."""
     inner_width = min(outer_width, max(1, round(width)))
     inner_height = min(outer_height, max(1, round(height)))
-    return Box(
-        (outer_width - inner_width) // 2, (outer_height - inner_height) // 2, inner_width, inner_height
-    )
+    return Box((outer_width - inner_width) // 2, (outer_height - inner_height) // 2, inner_width, inner_height)
 
 
 def _check_source(width: int, height: int) -> None:

@@ -17,6 +17,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
 
+from ...qwen_edit.perf import stage
+
 EVERYTHING = 1e32
 
 
@@ -46,7 +48,8 @@ class ShellPatcher(ModelPatcher):
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if self.model.is_empty:
-            self.model.fill(device_to)
+            with stage("load"):
+                self.model.fill(device_to)
         self._stay = self.model.device == device_to
         try:
             return super().partially_load(device_to, EVERYTHING, force_patch_weights)
@@ -99,9 +102,9 @@ class Owner(Generic[T]):
         self._kept.move_to_end(key)
         bound = comfy.model_management.total_ram * 1024 * 1024
         while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
-            dropped, _ = self._kept.popitem(last=False)
+            _, (dropped, _) = self._kept.popitem(last=False)
             logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
-            self._idle.append(dropped[0])
+            self._idle.append(dropped)
         return thing, found
 
     def forget_all(self) -> None:

@@ -51,9 +51,7 @@ def ensure_run() -> perf.Run | None:
         run.text = _texts(registry.dynprompt.original_prompt)
     add_progress_handler(_Handler(run))
     perf.activate(run)
-    threading.Thread(
-        target=_follow, args=(run, queue, registry.dynprompt), name="qwen-edit-perf", daemon=True
-    ).start()
+    threading.Thread(target=_follow, args=(run, queue, registry.dynprompt), name="qwen-edit-perf", daemon=True).start()
     return run
 
 
@@ -92,9 +90,7 @@ class _Handler(ProgressHandler):
             call(*args)
         except Exception:
             self.disable()
-            logging.warning(
-                "Qwen Edit Fast: the performance log of this prompt is incomplete.", exc_info=True
-            )
+            logging.warning("Qwen Edit Fast: the performance log of this prompt is incomplete.", exc_info=True)
 
 
 def _follow(run: perf.Run, queue, dynprompt) -> None:

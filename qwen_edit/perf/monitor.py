@@ -78,9 +78,7 @@ class Monitor:
             pynvml.nvmlInit()
             # by UUID: CUDA_VISIBLE_DEVICES renumbers torch's devices, not NVML's
             uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(
-                uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-            )
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
             self._nvml = pynvml
         except pynvml.NVMLError as error:
             self._missing = f"NVML: {error}"

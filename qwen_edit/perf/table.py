@@ -41,18 +41,14 @@ def stage_table(record: dict) -> str:
         rows.append((name, f"{entry['ms']:.1f}", f"{entry['share']:.1%}", _number(entry["device_ms"])))
     rows.append(("total", f"{record['wall_ms']:.1f}", "100.0%", ""))
     width = max(len(row[0]) for row in rows)
-    lines = [
-        f"{name:<{width}}  {ms:>10}  {share:>7}  {device:>10}".rstrip() for name, ms, share, device in rows
-    ]
+    lines = [f"{name:<{width}}  {ms:>10}  {share:>7}  {device:>10}".rstrip() for name, ms, share, device in rows]
     for node in record["nodes"] + record["spans"]:
         steps = node.get("steps")
         if steps and node["stage"] == "denoise":
             values = steps["device_ms"] or steps["ms"] or [steps["first_ms"]]
             clock = "device" if steps["device_ms"] else "wall"
             median = sorted(values)[len(values) // 2]
-            lines.append(
-                f"{node['class_type'] or 'denoise'}: {steps['count']} steps, {median:.1f} ms each ({clock})"
-            )
+            lines.append(f"{node['class_type'] or 'denoise'}: {steps['count']} steps, {median:.1f} ms each ({clock})")
     lines.append(_footer(record))
     return "\n".join(lines)
 
