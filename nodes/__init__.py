@@ -3,6 +3,7 @@
 from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
+from .perf import QwenEditPerfLogger
 from .resize import QwenEditRestoreSize, QwenEditSmartResize
 from .sampler import QwenEditSampler, QwenEditStepPreset
 
@@ -14,4 +15,5 @@ NODES = [
     QwenEditSampler,
     QwenEditStepPreset,
     QwenEditRestoreSize,
+    QwenEditPerfLogger,
 ]

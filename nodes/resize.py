@@ -42,8 +42,7 @@ class QwenEditSmartResize(io.ComfyNode):
                     "target",
                     options=TARGETS,
                     default="area",
-                    tooltip="area: the sizes the model was trained on, by megapixels. longest side: by "
-                    "pixels.",
+                    tooltip="area: the sizes the model was trained on, by megapixels. longest side: by pixels.",
                 ),
                 io.Float.Input(
                     "megapixels",
@@ -133,21 +132,17 @@ class QwenEditRestoreSize(io.ComfyNode):
                     min=0,
                     max=256,
                     advanced=True,
-                    tooltip="Width of the seam in source pixels, inside the mask. 0 cuts hard. Used only "
-                    "with a mask.",
+                    tooltip="Width of the seam in source pixels, inside the mask. 0 cuts hard. Used only with a mask.",
                 ),
             ],
-            outputs=[
-                io.Image.Output(display_name="image", tooltip="The edit at the source's size and place.")
-            ],
+            outputs=[io.Image.Output(display_name="image", tooltip="The edit at the source's size and place.")],
         )
 
     @classmethod
     def execute(cls, image, geometry, upscale_model=None, mask=None, feather=16) -> io.NodeOutput:
         if not isinstance(geometry, geo.Geometry):
             raise ValueError(
-                f"[QE_INPUT] geometry: got {type(geometry).__name__}, expected the geometry output of Smart "
-                "Resize."
+                f"[QE_INPUT] geometry: got {type(geometry).__name__}, expected the geometry output of Smart Resize."
             )
         feather = int(_number("feather", feather, 0, 256))
         edited = geo.to_rgb(image, "edited image")

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,7 +37,7 @@ class TransformerSource:
     """
 
     label: str
-    config: Mapping[str, object]
+    config: Mapping[str, Any]
     tensors: Mapping[str, tuple[Path, str]]
     dtype: torch.dtype
     fingerprint: tuple
@@ -200,7 +201,7 @@ _SIGNATURES = (
 )
 
 
-def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) -> dict[str, object]:
+def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) -> dict[str, Any]:
     def shape(name: str) -> list[int]:
         return header[names[name]]["shape"]
 

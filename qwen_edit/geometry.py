@@ -201,16 +201,18 @@ def restore(
     rgb = to_rgb(edited, "edited image")
     batch, height, width, _ = rgb.shape
     zoom_x, zoom_y = width / geometry.target_width, height / geometry.target_height
-    if (
-        abs(geometry.target_height * zoom_x - height) > 1.0
-        and abs(geometry.target_width * zoom_y - width) > 1.0
-    ):
+    if abs(geometry.target_height * zoom_x - height) > 1.0 and abs(geometry.target_width * zoom_y - width) > 1.0:
         raise ValueError(
             f"[QE_INPUT] edited image: got {width}×{height}, expected {geometry.target_width}×"
             f"{geometry.target_height} or a multiple of it. Connect the geometry of the Smart Resize that "
             "made it."
         )
-    source = _source(geometry, batch)
+    sources = 1 if geometry.source is None else geometry.source.shape[0]
+    if batch % sources:
+        raise ValueError(
+            f"[QE_INPUT] edited image: got a batch of {batch} for a source batch of {sources}, expected "
+            f"{sources} or a multiple of it (picture i belongs to source i modulo {sources})."
+        )
     content, box = geometry.content_box, geometry.source_box
     result = resize(
         rgb,
@@ -226,11 +228,7 @@ def restore(
     whole = (box.width, box.height) == (geometry.source_width, geometry.source_height)
     if whole and mask is None:
         return result.clone() if result.data_ptr() == edited.data_ptr() else result
-    if source is None:
-        raise ValueError(
-            "[QE_INPUT] geometry: it carries no source picture, which a crop or a mask needs. Use the "
-            "geometry output of Smart Resize."
-        )
+    source = _source(geometry, batch)
     if not whole:
         pasted = source.clone()
         pasted[:, box.y : box.y + box.height, box.x : box.x + box.width] = result
@@ -245,39 +243,27 @@ def restore(
 def feather_inside(mask: torch.Tensor, feather: int) -> torch.Tensor:
     """How much of the edit each pixel takes: [B, H, W] in [0, 1], exactly 0 where the mask is 0.
 
-    The weight grows with the depth inside the mask, reaching the mask's own value `feather` px from its
+    The weight grows with the distance to the outside, reaching the mask's own value `feather` px from the
     border. Parts too thin for that reach it at their middle. The picture's own border is no seam: nothing
-    fades there. Depth is counted in alternating 4- and 8-neighbour steps (the octagonal distance of Rosenfeld
-    and Pfaltz 1968).
+    fades there.
     """
-    inside = mask > 0
-    if feather == 0 or not bool(inside.any()) or bool(inside.all()):
-        return mask.clone()
-    rows, columns = (torch.nonzero(inside.any(dim=0).any(dim=axis)).flatten() for axis in (1, 0))
-    top, bottom = max(0, int(rows[0]) - 1), int(rows[-1]) + 2
-    left, right = max(0, int(columns[0]) - 1), int(columns[-1]) + 2
+    # ComfyUI brings scipy; imported here because it takes a while and few prompts need it
+    from scipy.ndimage import distance_transform_edt, maximum_filter
+
     weights = mask.clone()
-    weights[:, top:bottom, left:right] *= _depth_ratio(inside[:, top:bottom, left:right].float(), feather)
+    for weight, inside in zip(weights, (mask > 0).numpy(), strict=True):
+        if feather == 0 or not inside.any() or inside.all():
+            continue
+        rows, columns = (np.flatnonzero(inside.any(axis=axis)) for axis in (1, 0))
+        part = (
+            slice(max(0, rows[0] - 1), rows[-1] + 2),
+            slice(max(0, columns[0] - 1), columns[-1] + 2),
+        )
+        distance = np.asarray(distance_transform_edt(inside[part]), dtype=np.float32)
+        depth = np.minimum(distance, feather + 1)
+        thickest = maximum_filter(depth, size=2 * feather + 1)
+        weight[part] *= torch.from_numpy(depth / np.maximum(thickest, 1))
     return weights
-
-
-def _depth_ratio(inside: torch.Tensor, feather: int) -> torch.Tensor:
-    """Depth inside a binary mask [B, H, W] over the greatest depth nearby, at most feather + 1 steps."""
-    remaining = inside.unsqueeze(1)
-    depth = remaining.clone()
-    for step in range(feather):
-        across, along = _shrink(remaining, 1, 3), _shrink(remaining, 3, 1)
-        remaining = _shrink(across, 3, 1) if step % 2 else torch.minimum(across, along)
-        depth += remaining
-    reach = 2 * feather + 1
-    thickest = torch.nn.functional.max_pool2d(depth, (1, reach), 1, (0, feather))
-    thickest = torch.nn.functional.max_pool2d(thickest, (reach, 1), 1, (feather, 0))
-    return (depth / thickest.clamp(min=1.0)).squeeze(1)
-
-
-def _shrink(region: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """Erosion of [B, 1, H, W] by a rectangle; what lies beyond the picture does not erode it."""
-    return -torch.nn.functional.max_pool2d(-region, (height, width), 1, (height // 2, width // 2))
 
 
 def _weights(geometry: Geometry, mask: torch.Tensor, batch: int, feather: int) -> torch.Tensor:
@@ -312,19 +298,16 @@ def _weights(geometry: Geometry, mask: torch.Tensor, batch: int, feather: int) -
     return feather_inside(mask, feather).repeat(batch // count, 1, 1)
 
 
-def _source(geometry: Geometry, batch: int) -> torch.Tensor | None:
-    """The source as RGB, repeated to `batch`, or None where the geometry carries none."""
+def _source(geometry: Geometry, batch: int) -> torch.Tensor:
+    """The source as RGB, repeated to `batch`."""
     if geometry.source is None:
-        return None
+        raise ValueError(
+            "[QE_INPUT] geometry: it carries no source picture, which a crop or a mask needs. Use the "
+            "geometry output of Smart Resize."
+        )
     source = to_rgb(geometry.source, "source image")
     _check_size("source image", source, geometry.source_width, geometry.source_height)
-    if batch % source.shape[0]:
-        raise ValueError(
-            f"[QE_INPUT] edited image: got a batch of {batch} for a source batch of {source.shape[0]}, "
-            f"expected {source.shape[0]} or a multiple of it (picture i belongs to source i modulo "
-            f"{source.shape[0]})."
-        )
-    return source.repeat(batch // source.shape[0], 1, 1, 1)
+    return source if source.shape[0] == batch else source.repeat(batch // source.shape[0], 1, 1, 1)
 
 
 def _multiple(side: float) -> int:
@@ -335,9 +318,7 @@ def _centred(outer_width: int, outer_height: int, width: float, height: float) -
     """A box of the nearest whole size, at least one pixel, in the middle of the outer rectangle."""
     inner_width = min(outer_width, max(1, round(width)))
     inner_height = min(outer_height, max(1, round(height)))
-    return Box(
-        (outer_width - inner_width) // 2, (outer_height - inner_height) // 2, inner_width, inner_height
-    )
+    return Box((outer_width - inner_width) // 2, (outer_height - inner_height) // 2, inner_width, inner_height)
 
 
 def _check_source(width: int, height: int) -> None:

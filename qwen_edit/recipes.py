@@ -9,7 +9,7 @@ values (5.0, 7.0, 8.5) are not here because Qwen-Image-Edit is not guidance-dist
 
 import math
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,11 @@ def dynamic_sigmas(shift: DynamicShift, steps: int, tokens: int) -> torch.Tensor
 
     if steps == 1:  # nothing to stretch: diffusers divides zero by zero here
         return torch.tensor([1.0, 0.0])
-    scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, shift_terminal=shift.shift_terminal)
+    # diffusers annotates shift_terminal as float and sigmas as optional; None and a tensor are what they are here.
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        shift_terminal=shift.shift_terminal,  # pyright: ignore[reportArgumentType]
+    )
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps).tolist(), mu=shift.mu(tokens))
     return scheduler.sigmas
 

@@ -25,14 +25,11 @@ def to_rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
     picture, and `[QE_NAN]` for NaN or Inf.
     """
     if not isinstance(image, torch.Tensor):
-        raise ValueError(
-            f"[QE_INPUT] {name}: got {type(image).__name__}, expected a picture tensor [B, H, W, C]."
-        )
+        raise ValueError(f"[QE_INPUT] {name}: got {type(image).__name__}, expected a picture tensor [B, H, W, C].")
     shape = list(image.shape)
     if not image.is_floating_point():
         raise ValueError(
-            f"[QE_INPUT] {name}: got {image.dtype} {shape}, expected floats from 0 to 1. Divide 8-bit values "
-            "by 255."
+            f"[QE_INPUT] {name}: got {image.dtype} {shape}, expected floats from 0 to 1. Divide 8-bit values by 255."
         )
     if image.ndim == 3 and shape[-1] > 4:
         image = image.unsqueeze(-1)
@@ -43,8 +40,7 @@ def to_rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
         )
     if 0 in shape:
         raise ValueError(
-            f"[QE_INPUT] {name}: got the empty shape {shape}, expected at least one picture of at least 1×1 "
-            "pixel."
+            f"[QE_INPUT] {name}: got the empty shape {shape}, expected at least one picture of at least 1×1 pixel."
         )
     image = image.detach().to(device="cpu", dtype=torch.float32)
     if not bool(torch.isfinite(image).all()):

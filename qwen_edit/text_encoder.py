@@ -9,6 +9,7 @@ transformers 5 gives pictures one-dimensional positions (diffusers issue 14194).
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
@@ -113,7 +114,7 @@ class FolderTextEncoder:
         return self.tokenizer(text, add_special_tokens=False, split_special_tokens=not special)["input_ids"]
 
 
-def encode(model: torch.nn.Module, inputs: dict) -> torch.Tensor:
+def encode(model: Any, inputs: dict) -> torch.Tensor:
     """Hidden states ``[1, L, C]`` of the user's part: pictures, prompt and the template's end.
 
     Args:

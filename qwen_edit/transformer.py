@@ -74,9 +74,9 @@ class TokenModulation:
         return torch.cat((head, tail), dim=1)
 
 
-def _modulations(module: nn.Module, temb: torch.Tensor, batch: int, split: int, adapters: Adapters):
+def _modulations(module, temb: torch.Tensor, batch: int, split: int, adapters: Adapters):
     """The two halves (attention, MLP) of a block's modulation. temb ``[B or 2B, C]``: t, then t = 0."""
-    activation, projection = module[0], module[1]  # type: ignore[index]
+    activation, projection = module[0], module[1]
     halves = linear(projection, activation(temb), adapters).chunk(2, dim=-1)
     result = []
     for half in halves:
@@ -87,8 +87,8 @@ def _modulations(module: nn.Module, temb: torch.Tensor, batch: int, split: int, 
     return result
 
 
-def _mlp(module: nn.Module, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-    up, down = module.net[0].proj, module.net[2]  # type: ignore[union-attr]
+def _mlp(module, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
+    up, down = module.net[0].proj, module.net[2]
     return linear(down, F.gelu(linear(up, x, adapters), approximate="tanh"), adapters)
 
 

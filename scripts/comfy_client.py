@@ -303,11 +303,7 @@ class ComfyClient:
 
 def _ends(event: Event, prompt_id: str) -> bool:
     # ComfyUI sends this after it has written its history; execution_success comes before.
-    return (
-        event.type == "executing"
-        and event.data.get("node") is None
-        and event.data.get("prompt_id") == prompt_id
-    )
+    return event.type == "executing" and event.data.get("node") is None and event.data.get("prompt_id") == prompt_id
 
 
 def _readable(path: str, status: int, body: bytes) -> ComfyError:

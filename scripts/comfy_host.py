@@ -286,9 +286,7 @@ def unpack(archive: Path, prefix: PurePosixPath, destination: Path) -> None:
                     continue
                 inner = name.relative_to(prefix)
                 if ".." in inner.parts:
-                    raise HostError(
-                        f"{archive.name} holds {member.name!r}, which points outside. It is not used."
-                    )
+                    raise HostError(f"{archive.name} holds {member.name!r}, which points outside. It is not used.")
                 target = folder.joinpath(*inner.parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source = tar.extractfile(member)

@@ -134,9 +134,7 @@ class ComfyServer:
         link = link_pack(self.work / "custom_nodes")
         config = self.work / "extra_model_paths.yaml"
         # JSON is YAML, and needs no YAML library to write.
-        config.write_text(
-            json.dumps({"qwen_edit_fast": {"custom_nodes": str(link.parent)}}), encoding="utf-8"
-        )
+        config.write_text(json.dumps({"qwen_edit_fast": {"custom_nodes": str(link.parent)}}), encoding="utf-8")
         return ["--extra-model-paths-config", config]
 
     def _wait_until_ready(self) -> None:
@@ -145,9 +143,7 @@ class ComfyServer:
         while not self._answers():
             waited = time.monotonic() - begin
             if not self.running:
-                raise HostError(
-                    f"ComfyUI ended while it was starting. The end of its log:\n{self.log_tail()}"
-                )
+                raise HostError(f"ComfyUI ended while it was starting. The end of its log:\n{self.log_tail()}")
             if waited > START_TIMEOUT_S:
                 raise HostError(
                     f"ComfyUI did not answer in {START_TIMEOUT_S} s. The end of its log:\n{self.log_tail()}"

@@ -74,9 +74,7 @@ def fill_workflow(workflow: dict[str, Any], names: list[str], edit: Edit) -> dic
     filled = copy.deepcopy(workflow)
     loaders = nodes_of(filled, "LoadImage")
     if len(loaders) != len(names):
-        raise JobError(
-            f"The workflow has {len(loaders)} Load Image nodes, but there are {len(names)} pictures."
-        )
+        raise JobError(f"The workflow has {len(loaders)} Load Image nodes, but there are {len(names)} pictures.")
     for node, name in zip(loaders, names, strict=True):
         filled[node]["inputs"]["image"] = name
     _set(filled, "QwenEditEncode", "prompt", edit.prompt)

@@ -42,9 +42,7 @@ def find_pictures(named: list[Path]) -> list[tuple[Path, ...]]:
     if not folders:
         return [tuple(named)]
     if len(named) > 1:
-        raise JobError(
-            "A folder of pictures must be the only --image: each picture in it is an edit of its own."
-        )
+        raise JobError("A folder of pictures must be the only --image: each picture in it is an edit of its own.")
     found = sorted(path for path in folders[0].iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
     if not found:
         raise JobError(f"{folders[0]} holds no picture ({', '.join(sorted(PICTURE_SUFFIXES))}).")
@@ -105,24 +103,16 @@ def plan(options: argparse.Namespace) -> list[Edit]:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument(
         "--image", type=Path, action="append", required=True, metavar="PATH",
         help="a picture; give it again for a second picture of the same edit. A folder makes a batch",
     )  # fmt: skip
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", metavar="TEXT", help="the instruction")
-    prompt.add_argument(
-        "--prompts", type=Path, metavar="FILE", help="a text file with one instruction a line"
-    )
-    parser.add_argument(
-        "--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)"
-    )
+    prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one instruction a line")
+    parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
     parser.add_argument("--model", metavar="NAME", help="the loader's model (default: the workflow's)")
     parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")

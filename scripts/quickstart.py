@@ -40,16 +40,10 @@ PREPARED = "QWEN_EDIT_FAST_PREPARED"
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--image", type=Path, default=EXAMPLE_IMAGE, metavar="PATH", help="the picture to edit"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--image", type=Path, default=EXAMPLE_IMAGE, metavar="PATH", help="the picture to edit")
     parser.add_argument("--prompt", default=EXAMPLE_PROMPT, metavar="TEXT", help="default: %(default)s")
-    parser.add_argument(
-        "--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)"
-    )
+    parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
     parser.add_argument(
         "--output", type=Path, default=Path("quickstart_output", "edited.png"), metavar="PATH",
@@ -65,9 +59,7 @@ def check_request(options: argparse.Namespace) -> None:
     if not options.image.is_file():
         raise JobError(f"There is no picture {options.image}.")
     if options.output.suffix.lower() != ".png":
-        raise JobError(
-            f"The result is a PNG file, so --output should end in .png; {options.output} does not."
-        )
+        raise JobError(f"The result is a PNG file, so --output should end in .png; {options.output} does not.")
     load_workflow(1)
 
 
@@ -87,9 +79,7 @@ def edit_picture(options: argparse.Namespace, host: Host) -> int:
     """Start ComfyUI, edit, report, stop."""
     begin = time.monotonic()
     cpu = not has_cuda(host)
-    say(
-        "No NVIDIA or AMD card was found: this runs on the CPU." if cpu else "This runs on the graphics card."
-    )
+    say("No NVIDIA or AMD card was found: this runs on the CPU." if cpu else "This runs on the graphics card.")
     edit = Edit((options.image,), options.prompt, options.output, options.preset, options.seed)
     work = cache_folder() / "quickstart"
     with ComfyServer(host, work, cpu=cpu) as server:

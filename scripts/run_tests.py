@@ -78,13 +78,9 @@ def run_steps(host: Host, fast: bool, pytest_arguments: Sequence[str]) -> list[S
 
 def main() -> int:
     """Prepare, run, and summarise."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fast", action="store_true", help="leave out the tests that are marked slow")
-    parser.add_argument(
-        "pytest_arguments", nargs="*", metavar="-- ARGUMENTS", help="more arguments for pytest"
-    )
+    parser.add_argument("pytest_arguments", nargs="*", metavar="-- ARGUMENTS", help="more arguments for pytest")
     add_host_arguments(parser)
     options = parser.parse_args()
     host = prepare_host(options.comfyui, options.python, with_tests=True)

@@ -1,6 +1,7 @@
 """The text encoder of a diffusers folder as ComfyUI's CLIP."""
 
 from pathlib import Path
+from typing import Any
 
 import comfy.hooks
 import comfy.model_management
@@ -37,7 +38,7 @@ class FolderTextModel(torch.nn.Module):
         super().__init__()
         self.folder, self.dtype = folder, dtype
         self.device: torch.device | None = None
-        self.transformer: torch.nn.Module | None = None
+        self.transformer: Any = None  # Qwen2_5_VLForConditionalGeneration once filled
 
     def reset_clip_options(self):
         pass

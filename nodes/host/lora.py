@@ -18,7 +18,7 @@ from .memory import Owner, ShellPatcher
 
 LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's additional models
 
-POOL: Owner = Owner()
+POOL: Owner[ShellPatcher] = Owner()
 
 
 class ResidentLora(torch.nn.Module):

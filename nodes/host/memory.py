@@ -10,12 +10,14 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.utils import get_executing_context
+
+from ...qwen_edit.perf import stage
 
 EVERYTHING = 1e32
 
@@ -46,7 +48,8 @@ class ShellPatcher(ModelPatcher):
 
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if self.model.is_empty:
-            self.model.fill(device_to)
+            with stage("load"):
+                self.model.fill(device_to)
         self._stay = self.model.device == device_to
         try:
             return super().partially_load(device_to, EVERYTHING, force_patch_weights)
@@ -91,16 +94,18 @@ class Owner(Generic[T]):
         """The thing kept under ``key``, made if there is none, and whether it was there already."""
         self._idle.clear()
         found = key in self._kept
-        if not found:
-            made = make()
-            self._kept[key] = (made, size(made))
+        if found:
+            thing, _ = self._kept[key]
+        else:
+            thing = make()
+            self._kept[key] = (thing, size(thing))
         self._kept.move_to_end(key)
         bound = comfy.model_management.total_ram * 1024 * 1024
         while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
-            dropped, _ = self._kept.popitem(last=False)
+            _, (dropped, _) = self._kept.popitem(last=False)
             logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
-            self._idle.append(dropped[0])
-        return self._kept[key][0], found
+            self._idle.append(dropped)
+        return thing, found
 
     def forget_all(self) -> None:
         """Let go of everything, a moment later: this is called by ComfyUI's memory manager while it walks its list
@@ -118,4 +123,4 @@ class Owner(Generic[T]):
             self._idle.clear()
 
 
-OWNER: Owner = Owner()
+OWNER: Owner[Any] = Owner()

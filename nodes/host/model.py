@@ -145,6 +145,8 @@ def _unpack(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> t
 class QwenEditModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our transformer; a shell (see ``memory.py``)."""
 
+    diffusion_model: HostTransformer
+
     def __init__(
         self,
         source: TransformerSource,
@@ -183,7 +185,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         )
 
     def empty(self) -> None:
-        self.diffusion_model.to("meta")
+        torch.nn.Module.to(self.diffusion_model, "meta")
 
 
 def latent_format(statistics: dict | None):

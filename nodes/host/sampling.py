@@ -11,6 +11,7 @@ from comfy_extras.nodes_cfg import CFGNorm
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
 from ...qwen_edit.errors import INPUT, NAN
+from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .model import HostTransformer, with_positions
 
@@ -63,11 +64,21 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(prepared, recipe.steps),
+        callback=_counted(latent_preview.prepare_callback(prepared, recipe.steps)),
         seed=seed,
     )
     check_finite(result, model)
     return latent | {"samples": result}
+
+
+def _counted(callback):
+    """ComfyUI's callback (progress, preview), with each step in the performance log."""
+
+    def each_step(step, x0, x, total_steps):
+        callback(step, x0, x, total_steps)
+        record_step()
+
+    return each_step
 
 
 def require_ours(model) -> None:

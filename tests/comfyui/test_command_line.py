@@ -73,9 +73,7 @@ def test_the_seed_reaches_the_sampler(server: ComfyServer, workflow, pictures, t
 
 def test_one_failed_picture_does_not_stop_the_others(server: ComfyServer, workflow, pictures, tmp_path):
     output = tmp_path / "edited"
-    done = queue_edit(
-        server.url, "--image", pictures, "--prompt", "grey", "--workflow", workflow, "--output", output
-    )
+    done = queue_edit(server.url, "--image", pictures, "--prompt", "grey", "--workflow", workflow, "--output", output)
     assert done.returncode == 1
     assert sorted(path.name for path in output.iterdir()) == ["a_edited.png", "c_edited.png"]
     assert "Error: Node picture_1 (LoadImage) failed" in done.stderr
