@@ -158,12 +158,12 @@ The result is that of Qwen Edit Sampler with the same preset and seed.
 
 ARRANGE = """
 const [note, columns] = args;
-const WIDTH = {QwenEditLoader: 340, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, SaveImage: 340,
+const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, SaveImage: 340,
                PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320};
 const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
                 PrimitiveStringMultiline: 110};
 const REPORT = 90;  // what a node grows by when it has reported
-const GAP = 60, TITLE = 30, PAD = 20, TOP = 60;
+const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
 const graph = app.graph;
 function place(node, x, y, width) {
   const least = node.computeSize();
@@ -184,9 +184,9 @@ const text = LiteGraph.createNode("MarkdownNote");
 graph.add(text);
 text.title = "Read me";
 text.widgets[0].value = note;
-text.setSize([360, 480]);
+text.setSize([340, 500]);
 text.pos = [x, TITLE];
-x += 360 + GAP + PAD;
+x += 340 + GAP + PAD;
 for (const [title, ids] of columns) {
   const nodes = ids.map((id) => graph.getNodeById(id));
   const width = Math.max(...nodes.map((n) => Math.max(n.computeSize()[0], WIDTH[n.type] ?? 270)));
