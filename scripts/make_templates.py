@@ -184,7 +184,7 @@ const text = LiteGraph.createNode("MarkdownNote");
 graph.add(text);
 text.title = "Read me";
 text.widgets[0].value = note;
-text.setSize([340, 500]);
+text.setSize([340, 420]);
 text.pos = [x, TITLE];
 x += 340 + GAP + PAD;
 for (const [title, ids] of columns) {
@@ -251,8 +251,8 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
     with Browser(options.server) as browser:
-        browser.open()
         for name in options.names or LAYOUTS:
+            browser.open()  # anew, because previews of one graph make nodes of the next one taller
             text = json.dumps(build(browser, name), indent=1, ensure_ascii=False) + "\n"
             path = WORKFLOWS / f"{name}.json"
             write_atomically(path, text.encode())

@@ -7,7 +7,8 @@ import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const REPORT = "report";
 const LINE_HEIGHT = 15;
-const CHARACTER_WIDTH = 5.5;
+const CHARACTER_WIDTH = 6;
+const PADDING = 26;
 const EXAMPLES = ["astronaut", "cat", "coffee", "rocket"].map((name) => `qwen_edit_${name}.png`);
 const uploaded = new Set();
 
@@ -18,7 +19,7 @@ function reportWidget(node) {
   widget.serialize = false; // not in the saved workflow
   widget.options.serialize = false; // not in what is queued
   widget.options.read_only = true;
-  widget.options.getMinHeight = () => widget.height ?? LINE_HEIGHT;
+  widget.options.getMinHeight = () => widget.reportHeight ?? LINE_HEIGHT + PADDING;
   widget.options.getMaxHeight = widget.options.getMinHeight;
   const element = widget.element ?? widget.inputEl;
   if (element) {
@@ -43,7 +44,7 @@ function showReport(node, lines) {
   const rows = text
     .split("\n")
     .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(line.length / columns))), 0);
-  widget.height = rows * LINE_HEIGHT + 12;
+  widget.reportHeight = rows * LINE_HEIGHT + PADDING;
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   app.graph.setDirtyCanvas(true, true);
