@@ -250,13 +250,14 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
-    with Browser(options.server) as browser:
-        for name in options.names or LAYOUTS:
-            browser.open()  # anew, because previews of one graph make nodes of the next one taller
+    for name in options.names or LAYOUTS:
+        # A browser for each, because previews of one graph make nodes of the next one taller.
+        with Browser(options.server) as browser:
+            browser.open()
             text = json.dumps(build(browser, name), indent=1, ensure_ascii=False) + "\n"
-            path = WORKFLOWS / f"{name}.json"
-            write_atomically(path, text.encode())
-            say(f"Wrote {path}")
+        path = WORKFLOWS / f"{name}.json"
+        write_atomically(path, text.encode())
+        say(f"Wrote {path}")
     return 0
 
 
