@@ -32,9 +32,7 @@ def english(object_info: dict[str, Any]) -> dict[str, Any]:
                     inputs["control_after_generate"] = {"name": "control after generate"}
         outputs = {
             str(index): _entry(label, tooltip)
-            for index, (label, tooltip) in enumerate(
-                zip(node["output_name"], node["output_tooltips"], strict=True)
-            )
+            for index, (label, tooltip) in enumerate(zip(node["output_name"], node["output_tooltips"], strict=True))
         }
         found[name] = {
             "display_name": node["display_name"],
@@ -60,12 +58,8 @@ def keys(texts: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 def main() -> int:
     """Write the English texts and list what the other languages lack."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     options = parser.parse_args()
     with ComfyClient(options.server) as client:
         texts = english(client.get("/object_info"))

@@ -13,7 +13,6 @@ import argparse
 import json
 import uuid
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from browser import Browser, BrowserError
@@ -242,12 +241,8 @@ def build(browser: Browser, name: str) -> dict[str, Any]:
 
 def main() -> int:
     """Build all templates, or those that are named."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
     for name in options.names or LAYOUTS:
