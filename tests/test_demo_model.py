@@ -119,3 +119,14 @@ def test_loras_name_layers_of_the_transformer(pipeline, style):
         for key in file.keys():  # noqa: SIM118 - not a dict
             layer, _ = key.removeprefix("transformer.").rsplit(".lora_", 1)
             assert layer in names
+
+
+@pytest.mark.parametrize("name", ["grey", "sepia", "darken"])
+def test_exact_instructions_on_a_photograph_never_seen(pipeline, name):
+    """The edit is near its exact answer, and far nearer than another instruction's result."""
+    picture = held_out_photograph("chelsea", 128, 128)
+    answer = EXACT[name].apply(picture)
+    right = psnr(edit(pipeline, [picture], EXACT[name].prompts[0]), answer)
+    wrong = psnr(edit(pipeline, [picture], EXACT["invert"].prompts[0]), answer)
+    assert right >= 22
+    assert right >= wrong + 6

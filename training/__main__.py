@@ -145,8 +145,12 @@ class Run:
         self.maker = Maker(self.pool, self.latents, self.text, options.seed + 2)
         if options.edit_seconds > 0:
             head = InstructionHead(TEXT_WIDTH).to(self.device)
-            seed, batch = options.seed + 6, 8 if options.small else 128
-            self.log["text"] = train_text(self.text, self.maker, head, options.text_seconds, seed, batch)
+            if options.resume and (options.resume / "head.safetensors").exists():
+                head.load_state_dict(load_file(options.resume / "head.safetensors"))
+                self.log["text"] = {"held_out_before_stage_2": held_out_accuracy(self.text, head)}
+            if options.text_seconds > 0:
+                seed, batch = options.seed + 6, 8 if options.small else 128
+                self.log["text"] = train_text(self.text, self.maker, head, options.text_seconds, seed, batch)
             self.say("text", self.log["text"])
             scale = 0.02 if options.small else 1.0
             seconds, seed = options.edit_seconds, options.seed + 3
@@ -161,7 +165,6 @@ class Run:
             module.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)
         self.save_log()
         self.say("edit trained", {k: v for k, v in self.log["edit"].items() if k != "log"})
-        self.check_edits()
 
     def photographs(self) -> torch.Tensor:
         side = 64 if self.options.small else 256

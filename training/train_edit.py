@@ -36,7 +36,7 @@ PROMPT_DROPOUT = 0.1
 INSTRUCTION_LOSS = 0.05  # weight of the head of `train_text` beside the flow loss
 PIXELS_PER_BATCH = 48 * 256 * 256
 MAX_BATCH = 96
-SMALL_UNTIL = 0.5  # share of the time on small pictures only, whose steps are cheap
+SMALL_UNTIL = 0.65  # share of the time on small pictures only, whose steps are cheap
 SMALL_SIZES = {(128, 128): 4, (128, 192): 1, (192, 128): 1}
 USES = 3  # of every batch of pictures, each with other phrasings, noise and timesteps
 # (height, width): how often
