@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def split(before: Image.Image, after: Image.Image) -> Image.Image:
     return card
 
 
-def rows(before: list[Image.Image], after: list[Image.Image]) -> Image.Image:
+def rows(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.Image:
     """The sources in a row above the results."""
     side = (SIDE - GAP) // max(2, len(before), len(after))
     card = Image.new("RGB", (SIDE, SIDE), BACKGROUND)
