@@ -13,6 +13,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+from comfy_host import PACK_NAME
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 MISSING = (
     "The browser tests need Chromium with its ChromeDriver: on Debian and Ubuntu, "
@@ -97,7 +99,7 @@ class Browser:
     def open(self) -> None:
         """Load ComfyUI's page and wait until its graph can be used."""
         # Without this a first visit begins with the template browser.
-        self._set("Comfy.TutorialCompleted", True)
+        self.set("Comfy.TutorialCompleted", True)
         self.driver.get(self.url)
         self.wait(
             "return !!(window.app?.graph && window.app.extensionManager && window.app.canvas && window.LiteGraph"
@@ -105,7 +107,8 @@ class Browser:
             90,
         )
 
-    def _set(self, setting: str, value: Any) -> None:
+    def set(self, setting: str, value: Any) -> None:
+        """Change a setting of ComfyUI's page; the page sees it when it is opened."""
         request = urllib.request.Request(
             f"{self.url}/settings/{setting}", json.dumps(value).encode(), {"Content-Type": "application/json"}
         )
@@ -149,6 +152,27 @@ class Browser:
             for entry in self.driver.get_log("browser")
             if entry["level"] in ("WARNING", "SEVERE") and not any(text in entry["message"] for text in HARMLESS)
         ]
+
+    def open_template(self, name: str) -> None:
+        """Choose one of the pack's templates in the template browser, as a person does."""
+        self.js("await window.app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+        click = "if (found) { found.click(); return true; }"
+        self.wait(
+            "const found = [...document.querySelectorAll('[role=dialog] *')]"
+            f".find(e => !e.children.length && e.textContent === args[0]); {click}",
+            30,
+            PACK_NAME,
+        )
+        self.wait(
+            f"const found = document.querySelector(`[data-testid=template-workflow-${{args[0]}}]`); {click}", 30, name
+        )
+        self.wait(
+            "return !document.querySelector('[role=dialog]') && !window.app.isGraphLoading"
+            " && app.graph._nodes.some(n => n.title === 'Read me')"
+            " && window.app.extensionManager.workflow?.activeWorkflow?.filename?.startsWith(args[0])",
+            30,
+            name,
+        )
 
     def load_api(self, workflow: dict[str, Any], name: str) -> None:
         """Build a graph from a workflow in API format."""

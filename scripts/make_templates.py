@@ -48,8 +48,9 @@ The result has the size and place of your picture. *Where the time went* shows w
         (
             ("Model and picture", (1, 2)),
             ("Instruction", (3, 4)),
-            ("Edit", (5, 6)),
-            ("Result", (7, 8, 9)),
+            ("Edit", (5,)),
+            ("Result", (6, 7, 8)),
+            ("Measurement", (9,)),
         ),
     ),
     "two_references": Layout(
@@ -64,8 +65,8 @@ the model was trained with up to three.
         (
             ("Model and pictures", (1, 2, 3)),
             ("Instruction", (4, 5)),
-            ("Edit", (6, 7)),
-            ("Result", (8, 9)),
+            ("Edit", (6,)),
+            ("Result", (7, 8, 9)),
         ),
     ),
     "list_of_pictures": Layout(
@@ -82,8 +83,8 @@ The pictures may have different sizes. They are edited one after the other, each
             ("Pictures", (2, 3, 4)),
             ("Prompts", (6, 7, 8)),
             ("Lists and instructions", (5, 9, 10, 11)),
-            ("Edit", (12, 13)),
-            ("Results", (14, 15)),
+            ("Edit", (12,)),
+            ("Results", (13, 14, 15)),
         ),
     ),
     "draft_then_high_quality": Layout(
@@ -116,8 +117,9 @@ Strength 0 keeps a LoRA resident but off. Put your own LoRAs into *models/loras*
             ("Model and picture", (1, 2)),
             ("Instruction", (3, 4)),
             ("LoRAs", (5, 10)),
-            ("Edit", (6, 7, 11, 12)),
-            ("Results", (8, 9, 13, 14)),
+            ("Edit", (6, 11)),
+            ("Sketch", (7, 8, 9)),
+            ("Warm film", (12, 13, 14)),
         ),
     ),
     "large_picture_with_mask": Layout(
@@ -133,8 +135,8 @@ where the edit may show. Connect an upscale model to *Back to size* to enlarge t
         (
             ("Model, picture and mask", (1, 2)),
             ("Instruction", (3, 4)),
-            ("Edit", (5, 6)),
-            ("Result", (7, 8)),
+            ("Edit", (5,)),
+            ("Result", (6, 7, 8)),
         ),
     ),
     "native_ksampler": Layout(
@@ -149,8 +151,8 @@ The result is that of Qwen Edit Sampler with the same preset and seed.
         (
             ("Model and picture", (1, 2)),
             ("Instruction", (3, 4)),
-            ("Preset and KSampler", (5, 6, 7)),
-            ("Result", (8, 9)),
+            ("Preset and KSampler", (5, 6)),
+            ("Result", (7, 8, 9)),
         ),
     ),
 }
@@ -161,7 +163,7 @@ const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEdi
                PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320};
 const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
                 PrimitiveStringMultiline: 110};
-const REPORT = 90;  // what a node grows by when it has reported
+const REPORT = 90, PREVIEW = 220;  // what a node grows by when it has reported, and while it shows a preview
 const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
 const graph = app.graph;
 function place(node, x, y, width) {
@@ -170,6 +172,7 @@ function place(node, x, y, width) {
   node.pos = [x, y + TITLE];
   let next = y + TITLE + node.size[1] + 30;
   if (node.type.startsWith("QwenEdit") && node.type !== "QwenEditPerfLogger") next += REPORT;
+  if (node.type.endsWith("Sampler")) next += PREVIEW;
   return next;
 }
 function group(title, x, y, width, bottom) {

@@ -3,7 +3,6 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { ComfyWidgets } from "../../../scripts/widgets.js";
 
 const REPORT = "report";
 const LINE_HEIGHT = 15;
@@ -15,7 +14,7 @@ const uploaded = new Set();
 function reportWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === REPORT);
   if (existing) return existing;
-  const { widget } = ComfyWidgets.STRING(node, REPORT, ["STRING", { multiline: true }], app);
+  const { widget } = app.widgets.STRING(node, REPORT, ["STRING", { multiline: true }], app);
   widget.serialize = false; // not in the saved workflow
   widget.options.serialize = false; // not in what is queued
   widget.options.read_only = true;

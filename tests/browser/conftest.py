@@ -1,0 +1,34 @@
+"""One Chromium on one fresh ComfyUI, on the CPU, for all browser tests.
+
+The server is not the one of the server tests: its input folder must be empty and its settings are changed.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from browser import Browser, BrowserError, find_programs
+from comfy_host import Host, HostError, cache_folder, check_imports, find_comfyui
+from comfy_server import ComfyServer
+
+
+@pytest.fixture(scope="session")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """The page of a ComfyUI that nobody has used before."""
+    try:
+        find_programs()
+        comfyui = find_comfyui(None, cache_folder())
+        if comfyui is None:
+            raise HostError("The browser tests need a ComfyUI: run scripts/run_tests.py, or set COMFYUI_PATH.")
+        check_imports(Path(sys.executable), comfyui)
+        host = Host(Path(sys.executable), comfyui)
+        with (
+            ComfyServer(host, tmp_path_factory.mktemp("comfyui_browser"), cpu=True) as server,
+            Browser(server.url) as opened,
+        ):
+            opened.set("Comfy.Execution.PreviewMethod", "latent2rgb")
+            opened.open()
+            yield opened
+    except (BrowserError, HostError) as error:
+        pytest.fail(str(error), pytrace=False)

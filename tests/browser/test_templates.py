@@ -1,0 +1,80 @@
+"""What a person sees of the pack in ComfyUI's page: templates, reports on the nodes, progress, translations."""
+
+import json
+
+import pytest
+from browser import Browser
+from comfy_host import REPO
+
+pytestmark = [pytest.mark.server, pytest.mark.slow]
+
+API = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((REPO / "workflows" / "api").glob("*.json"))}
+COMPLAINTS = "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn"
+
+
+@pytest.mark.parametrize("name", API)
+def test_template_opens_without_a_complaint_and_queues_its_api_workflow(browser: Browser, name: str):
+    browser.problems()
+    browser.open_template(name)
+    assert browser.api_graph() == API[name]
+    # The pictures of the template are there, though nobody has put them into the input folder.
+    browser.wait(
+        "return app.graph._nodes.filter(n => n.type === 'LoadImage').every(n => n.imgs?.[0]?.naturalWidth > 0)", 20
+    )
+    assert browser.js("return [...document.querySelectorAll(args[0])].map(e => e.textContent)", COMPLAINTS) == []
+    assert browser.problems() == []
+
+
+def test_run_shows_progress_preview_and_reports(browser: Browser):
+    browser.open_template("single_edit")
+    before = browser.js("return JSON.stringify(app.graph.serialize().nodes.map(n => n.widgets_values))")
+    browser.js("""
+        window.seen = {};
+        for (const type of ["progress", "b_preview", "execution_success", "execution_error"]) {
+          app.api.addEventListener(type, (event) => (window.seen[type] ??= []).push(event.detail));
+        }
+        app.graph.getNodeById(5).widgets.find((widget) => widget.name === "steps").value = 4;
+        await app.queuePrompt(0, 1);
+    """)
+    # The preview lies on the sampler while it runs.
+    browser.wait("return app.graph.getNodeById(5).imgs?.[0]?.naturalWidth > 0 || window.seen.execution_error", 120)
+    browser.wait("return window.seen.execution_success || window.seen.execution_error", 120)
+    assert browser.js("return window.seen.execution_error ?? []") == []
+    assert browser.js("return window.seen.b_preview.length") >= 3
+    assert browser.js("return window.seen.progress.filter(p => p.node === '5').map(p => p.value)")[-1] == 4
+    reports = browser.js(
+        "return Object.fromEntries(app.graph._nodes.map(n => [n.type, n.widgets?.find(w => w.name === 'report')?.value]))"
+    )
+    assert reports["QwenEditSampler"] == "4 steps, true CFG 4, dynamic shift"
+    assert reports["QwenEditSmartResize"].startswith("256×256 → 256×256")
+    assert "denoise" in reports["QwenEditPerfLogger"]
+    assert reports["SaveImage"] is None
+    # What a node reports is neither queued nor saved.
+    browser.js('app.graph.getNodeById(5).widgets.find((widget) => widget.name === "steps").value = 0')
+    assert browser.api_graph() == API["single_edit"]
+    assert browser.js("return JSON.stringify(app.graph.serialize().nodes.map(n => n.widgets_values))") == before
+    assert browser.problems() == []
+
+
+def test_help_page_is_found_in_both_languages(browser: Browser):
+    for language, page in (("en", "QwenEditSampler.md"), ("zh", "QwenEditSampler/zh.md")):
+        text = browser.js("const a = await fetch(`/extensions/${args[0]}/docs/${args[1]}`); return await a.text()",
+                          "comfyui-qwen-edit-fast", page)  # fmt: skip
+        assert text == (REPO / "web" / "docs" / page).read_text("utf-8"), language
+
+
+def test_nodes_speak_chinese(browser: Browser):
+    texts = json.loads((REPO / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
+    browser.set("Comfy.Locale", "zh")
+    try:
+        browser.open()
+        browser.load_api(API["single_edit"], "single_edit")
+        titles = browser.js("return app.graph._nodes.map(n => [n.type, n.constructor.title])")
+        labels = browser.js(
+            "return Object.fromEntries(app.graph.getNodeById(5).inputs.map(i => [i.name, i.label ?? i.localized_name]))"
+        )
+    finally:
+        browser.set("Comfy.Locale", "en")
+        browser.open()
+    assert {texts[kind]["display_name"] for kind, _ in titles if kind in texts} <= {title for _, title in titles}
+    assert labels["steps"] == texts["QwenEditSampler"]["inputs"]["steps"]["name"]
