@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import TransformerSource, fill
+from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.transformer import QwenEditTransformer, denoise
@@ -163,6 +163,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.source = source
         with torch.device("meta"):
             transformer = HostTransformer.from_config(dict(source.config)).eval()
+        check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, dtype)
         self.diffusion_model.requires_grad_(False)
