@@ -85,6 +85,14 @@ class HostTransformer(QwenEditTransformer):
     ):
         comfy.model_management.throw_exception_if_processing_interrupted()
         _refuse_what_is_not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
+        width = self.config.joint_attention_dim
+        if context.shape[-1] != width:
+            raise ValueError(
+                f"{INPUT} The conditioning is {context.shape[-1]} wide, this model needs {width}: it was made with the text"
+                " encoder of another model."
+            )
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
         references = ref_latents or []
         tokens, grids = zip(*(_pack(latents) for latents in (x, *references)), strict=True)
         with BlockStream(self.transformer_blocks, x.device) as stream:

@@ -45,6 +45,8 @@ def run(model, grids, batch, method, mask):
     options = {} if method is None else dict(ref_latents_method=method)
     if mask:
         options["attention_mask"] = torch.tensor([[1] * 6 + [0] * 3] * batch)
+    if mask == "additive":
+        options["attention_mask"] = (options["attention_mask"] - 1) * torch.finfo(torch.float32).max
     return model(x, timestep, text, ref_latents=references or None, transformer_options={}, **options)
 
 
@@ -52,7 +54,7 @@ with torch.inference_mode():
     result = {}
     for name, grids in json.loads(GRIDS).items():
         for method in (None, "index", "index_timestep_zero"):
-            for batch, mask in ((1, False), (2, False), (2, True)):
+            for batch, mask in ((1, False), (2, False), (2, True), (2, "additive")):
                 theirs, mine = (run(model, grids, batch, method, mask) for model in (native, ours))
                 assert theirs.shape == mine.shape
                 scale = theirs.abs().max().item()
@@ -73,7 +75,7 @@ def differences(host):
 @pytest.mark.parametrize("grids", GRIDS)
 def test_forward_equals_the_native_one(differences, grids):
     compared = {name: error for name, error in differences[0].items() if name.startswith(f"{grids},")}
-    assert len(compared) == 9
+    assert len(compared) == 12
     assert max(compared.values()) < TOLERANCE, compared
 
 
