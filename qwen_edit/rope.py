@@ -1,4 +1,4 @@
-"""Token positions and rotary tables of Qwen-Image's joint attention.
+"""Token positions and the rotary table of Qwen-Image's joint attention.
 
 A token's position is three numbers: frame (0 for the output, n for reference n), row and column. diffusers
 and ComfyUI agree on them only for even grids with no reference larger than the output, so the convention is
@@ -22,14 +22,14 @@ THETA = 10000.0
 
 
 @lru_cache(maxsize=64)
-def rope_tables(
+def rope_table(
     grids: tuple[Grid, ...],
     text_length: int,
     axes_dims: tuple[int, int, int],
     positions: Positions,
     device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine of every token's rotation, text tokens first, float32.
+) -> torch.Tensor:
+    """Every token's rotation as complex numbers of length one, text tokens first, complex64.
 
     Args:
         grids: token grids of the output and of each reference, in that order.
@@ -37,7 +37,7 @@ def rope_tables(
         axes_dims: head channels that frame, row and column rotate (16, 56, 56 in the released model).
 
     Returns:
-        ``cos, sin``, each ``[text + image tokens, 1, sum(axes_dims) // 2]``.
+        ``[text + image tokens, 1, sum(axes_dims) // 2]``.
     """
     # Inference tensors must not outlive the mode in a cache that training or plain Python may read.
     with torch.inference_mode(False):
@@ -55,7 +55,7 @@ def rope_tables(
             )
             angles.append(torch.cat([a.expand(rows, columns, -1) for a in along], dim=-1).flatten(0, 1))
         angle = torch.cat(angles).unsqueeze(1)
-        return angle.cos().to(device), angle.sin().to(device)
+        return torch.polar(torch.ones_like(angle), angle).to(device)
 
 
 def _half(size: int, positions: Positions) -> int:
@@ -67,7 +67,7 @@ def _first_text_position(grids: tuple[Grid, ...], positions: Positions) -> int:
     return max(max(rows // 2, columns // 2) for rows, columns in counted)
 
 
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """Rotate neighbouring channel pairs of ``x`` ``[B, L, heads, D]`` in float32; returns x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

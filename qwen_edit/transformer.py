@@ -19,7 +19,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from torch import nn
 
 from .attention import Attend, KernelChoice, resolve
-from .rope import Grid, Positions, rope_tables, rotate
+from .rope import Grid, Positions, rope_table, rotate
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,11 @@ def linear(module: nn.Module, x: torch.Tensor, adapters: Adapters) -> torch.Tens
 
 @dataclass(frozen=True)
 class Modulation:
-    """Shift, scale and gate of one half of a block, each ``[B, 1, C]``; ``reference`` for tokens after ``split``."""
+    """Shift, scale and gate of one half of a block, each ``[B, 1, C]``."""
 
     shift: torch.Tensor
     scale: torch.Tensor
     gate: torch.Tensor
-
-    def modulate(self, x: torch.Tensor) -> torch.Tensor:
-        return x * (1 + self.scale) + self.shift
 
 
 class TokenModulation:
@@ -62,16 +59,22 @@ class TokenModulation:
         self.head, self.tail, self.split = head, tail, split
 
     def modulate(self, x: torch.Tensor) -> torch.Tensor:
-        if self.tail is None:
-            return self.head.modulate(x)
-        return torch.cat((self.head.modulate(x[:, : self.split]), self.tail.modulate(x[:, self.split :])), dim=1)
+        """``x * (1 + scale) + shift``, into a new tensor."""
+        y = torch.empty_like(x)
+        for part, out, mod in self._parts(x, y):
+            torch.addcmul(mod.shift, part, 1 + mod.scale, out=out)
+        return y
 
-    def gated_add(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def add_gated(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        """``x += gate * y`` in place: x is the residual stream and nothing else holds it."""
+        for part, update, mod in self._parts(x, y):
+            part.addcmul_(mod.gate, update)
+
+    def _parts(self, x: torch.Tensor, y: torch.Tensor):
         if self.tail is None:
-            return x + self.head.gate * y
-        head = x[:, : self.split] + self.head.gate * y[:, : self.split]
-        tail = x[:, self.split :] + self.tail.gate * y[:, self.split :]
-        return torch.cat((head, tail), dim=1)
+            return [(x, y, self.head)]
+        split = self.split
+        return [(x[:, :split], y[:, :split], self.head), (x[:, split:], y[:, split:], self.tail)]
 
 
 def _modulations(module, temb: torch.Tensor, batch: int, split: int, adapters: Adapters):
@@ -92,24 +95,28 @@ def _mlp(module, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
     return linear(down, F.gelu(linear(up, x, adapters), approximate="tanh"), adapters)
 
 
-def _joint_attention(attn, image, text, cos, sin, mask, attend: Attend, adapters: Adapters):
+def _norm(module, x: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+
+
+def _joint_attention(attn, image, text, rope, mask, attend: Attend, adapters: Adapters):
     """Both streams attend to each other: text first, then image. Returns (image, text), each ``[B, L, C]``."""
     heads = attn.heads
 
     def project(x, to_q, to_k, to_v, norm_q, norm_k):
         q, k, v = (linear(m, x, adapters).unflatten(-1, (heads, -1)) for m in (to_q, to_k, to_v))
-        return norm_q(q), norm_k(k), v
+        return _norm(norm_q, q), _norm(norm_k, k), v
 
     text_qkv = project(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
     image_qkv = project(image, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
     q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
-    out = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, mask).flatten(2, 3)
+    out = attend(rotate(q, rope), rotate(k, rope), v, mask).flatten(2, 3)
     text_out, image_out = out[:, : text.shape[1]], out[:, text.shape[1] :]
     return linear(attn.to_out[0], image_out, adapters), linear(attn.to_add_out, text_out, adapters)
 
 
-def block_forward(block, image, text, temb, split, cos, sin, mask, attend: Attend, adapters: Adapters):
-    """One double-stream block. image ``[B, Li, C]``, text ``[B, Lt, C]``; returns both."""
+def block_forward(block, image, text, temb, split, rope, mask, attend: Attend, adapters: Adapters):
+    """One double-stream block. image ``[B, Li, C]``, text ``[B, Lt, C]``, both updated in place; returns both."""
     batch = image.shape[0]
     image_mod1, image_mod2 = _modulations(block.img_mod, temb, batch, split, adapters)
     text_mod1, text_mod2 = _modulations(block.txt_mod, temb[:batch], batch, 0, adapters)
@@ -118,13 +125,13 @@ def block_forward(block, image, text, temb, split, cos, sin, mask, attend: Atten
         block.attn,
         image_mod1.modulate(block.img_norm1(image)),
         text_mod1.modulate(block.txt_norm1(text)),
-        cos, sin, mask, attend, adapters,
+        rope, mask, attend, adapters,
     )  # fmt: skip
-    image = image_mod1.gated_add(image, image_out)
-    text = text_mod1.gated_add(text, text_out)
+    image_mod1.add_gated(image, image_out)
+    text_mod1.add_gated(text, text_out)
 
-    image = image_mod2.gated_add(image, _mlp(block.img_mlp, image_mod2.modulate(block.img_norm2(image)), adapters))
-    text = text_mod2.gated_add(text, _mlp(block.txt_mlp, text_mod2.modulate(block.txt_norm2(text)), adapters))
+    image_mod2.add_gated(image, _mlp(block.img_mlp, image_mod2.modulate(block.img_norm2(image)), adapters))
+    text_mod2.add_gated(text, _mlp(block.txt_mlp, text_mod2.modulate(block.txt_norm2(text)), adapters))
     if image.dtype == torch.float16:  # as diffusers does: this family overflows in fp16
         image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
     return image, text
@@ -170,7 +177,7 @@ def denoise(
         timestep = torch.cat([timestep, timestep * 0])
     temb = model.time_text_embed(timestep, image)
     text = linear(model.txt_in, model.txt_norm(text), adapters)
-    cos, sin = rope_tables(grids, text.shape[1], tuple(config.axes_dims_rope), positions, image.device)
+    rope = rope_table(grids, text.shape[1], tuple(config.axes_dims_rope), positions, image.device)
     mask = None
     if text_mask is not None:
         every_image_token = text_mask.new_ones((text_mask.shape[0], image.shape[1]), dtype=torch.bool)
@@ -179,7 +186,7 @@ def denoise(
     for index, block in enumerate(model.transformer_blocks):
         if before_block is not None:
             before_block(index)
-        image, text = block_forward(block, image, text, temb, output_tokens, cos, sin, mask, attend, adapters)
+        image, text = block_forward(block, image, text, temb, output_tokens, rope, mask, attend, adapters)
 
     # References are context only: the head runs on the output tokens alone.
     image = model.norm_out(image[:, :output_tokens], temb[: image.shape[0]])

@@ -5,7 +5,7 @@ import torch
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
 from qwen_edit.attention import resolve
-from qwen_edit.rope import rope_tables
+from qwen_edit.rope import rope_table
 from qwen_edit.transformer import LowRank, QwenEditTransformer, denoise
 
 CONFIG = dict(
@@ -117,7 +117,7 @@ def test_positions_differ_between_the_conventions_only_where_they_must():
     """Even grids, no reference larger than the output: equal. Odd grids or a larger reference: not."""
     device, axes = torch.device("cpu"), (8, 12, 12)
     for grids, equal in [(((4, 6), (4, 6)), True), (((5, 6),), False), (((4, 4), (8, 8)), False)]:
-        first, second = (rope_tables(grids, 5, axes, p, device)[0] for p in ("diffusers", "comfyui"))
+        first, second = (rope_table(grids, 5, axes, p, device) for p in ("diffusers", "comfyui"))
         assert torch.equal(first, second) is equal, grids
 
 

@@ -66,10 +66,11 @@ class FolderTextModel(torch.nn.Module):
         self.transformer = None
 
 
-def load_clip(folder: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
+def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool = False) -> comfy.sd.CLIP:
     """A CLIP whose weights are read when it first encodes.
 
     Args:
+        keep_on_card: what ComfyUI unloads stays where it is, as with its --highvram.
         dtype: None: what ComfyUI chooses for text encoders on this machine, float32 on the CPU.
 
     Raises:
@@ -94,7 +95,7 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None) -> comfy.sd.CLIP:
     clip.patcher = ShellPatcher(
         clip.cond_stage_model,
         load_device=load_device,
-        offload_device=comfy.model_management.text_encoder_offload_device(),
+        offload_device=load_device if keep_on_card else comfy.model_management.text_encoder_offload_device(),
         size=weights * dtype.itemsize,
     )
     clip.patcher.is_clip = True

@@ -109,8 +109,9 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
         statistics(vae_path) if vae_path.is_dir() else None,
         attention,
         stream=request.offload == "stream",
+        keep_on_card=request.offload == "none",
     )
-    clip = load_clip(encoder) if encoder.is_dir() else _single_clip(encoder)
+    clip = load_clip(encoder, keep_on_card=request.offload == "none") if encoder.is_dir() else _single_clip(encoder)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)

@@ -219,14 +219,22 @@ def make_model(
     dtype: torch.dtype,
     statistics: dict | None,
     attention: KernelChoice,
-    stream: bool,
+    *,
+    stream: bool = False,
+    keep_on_card: bool = False,
 ) -> ShellPatcher:
-    """A MODEL whose weights are read when it is first used."""
+    """A MODEL whose weights are read when it is first used.
+
+    Args:
+        stream: the blocks stay in RAM between their turns.
+        keep_on_card: what ComfyUI unloads stays on the card, as with its --highvram.
+    """
     patcher = StreamingPatcher if stream else ShellPatcher
+    card = comfy.model_management.get_torch_device()
     return patcher(
         QwenEditModel(source, dtype, latent_format(statistics), attention, stream),
-        load_device=comfy.model_management.get_torch_device(),
-        offload_device=comfy.model_management.unet_offload_device(),
+        load_device=card,
+        offload_device=card if keep_on_card else comfy.model_management.unet_offload_device(),
     )
 
 

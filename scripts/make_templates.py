@@ -1,0 +1,260 @@
+"""Builds workflows/*.json, which ComfyUI's template browser offers, from workflows/api/*.json.
+
+    python scripts/make_templates.py --server http://127.0.0.1:8188
+
+ComfyUI's own page, in a headless Chromium, turns each workflow in API format into a graph; this script
+adds places, groups and notes. Run it after a workflow in API format or the inputs of a node changed.
+The server must run this pack, with the demo model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+from browser import Browser, BrowserError
+from comfy_host import REPO, run_as_script, say, write_atomically
+
+WORKFLOWS = REPO / "workflows"
+MODEL_NOTE = """
+**Model.** The small demo model runs anywhere and knows a few simple edits, at about 0.07 megapixels. \
+With the real weights, choose them in *Load the model* and set *megapixels* to 1.0."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns from left to right: a title, and the ids of the nodes from top to bottom."""
+
+    note: str
+    columns: tuple[tuple[str, tuple[int, ...]], ...]
+
+
+LAYOUTS = {
+    "single_edit": Layout(
+        """# Single edit
+
+One picture, one instruction.
+
+1. Choose your picture in *Load picture*.
+2. Type what to change in *Instruction*.
+3. Run.
+
+The result has the size and place of your picture. *Where the time went* shows what each stage cost.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Edit", (5, 6)),
+            ("Result", (7, 8, 9)),
+        ),
+    ),
+    "two_references": Layout(
+        """# Two references
+
+One instruction that uses two pictures. Name them *picture 1* and *picture 2*.
+
+The result has the size of picture 1. More pictures: connect them to the next free input of *Instruction*; \
+the model was trained with up to three.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and pictures", (1, 2, 3)),
+            ("Instruction", (4, 5)),
+            ("Edit", (6, 7)),
+            ("Result", (8, 9)),
+        ),
+    ),
+    "list_of_pictures": Layout(
+        """# A list of pictures with a prompt each
+
+*List of pictures* and *List of prompts* have the same length: picture 1 gets prompt 1, and so on. One prompt \
+for all pictures: type it into *Instructions* instead of the link.
+
+The pictures may have different sizes. They are edited one after the other, each as if it were alone.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model", (1,)),
+            ("Pictures", (2, 3, 4)),
+            ("Prompts", (6, 7, 8)),
+            ("Lists and instructions", (5, 9, 10, 11)),
+            ("Edit", (12, 13)),
+            ("Results", (14, 15)),
+        ),
+    ),
+    "draft_then_high_quality": Layout(
+        """# Draft, then high quality
+
+Both samplers start from the same seed and the same encoded instruction, so encoding is done once.
+
+1. Select the high quality nodes and press Ctrl-B to bypass them.
+2. Try seeds with the draft until you like one.
+3. Press Ctrl-B again and run: the same seed with 60 steps.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction and seed", (3, 4, 5)),
+            ("Draft", (6, 7, 8, 9)),
+            ("High quality", (10, 11, 12, 13)),
+        ),
+    ),
+    "lora_switching": Layout(
+        """# LoRA switching
+
+Two branches of one model with different LoRAs. A LoRA is read once and stays resident: switching it on or off, \
+or changing its strength, loads nothing and changes no weights.
+
+Strength 0 keeps a LoRA resident but off. Put your own LoRAs into *models/loras*.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("LoRAs", (5, 10)),
+            ("Edit", (6, 7, 11, 12)),
+            ("Results", (8, 9, 13, 14)),
+        ),
+    ),
+    "large_picture_with_mask": Layout(
+        """# Large picture with mask
+
+The picture is reduced to a size the model likes, edited, and brought back. Outside the mask every pixel is the \
+source's own; the seam is feathered inside the mask.
+
+To paint your own mask, right-click *Load picture and mask* and choose *Open in MaskEditor*. What you paint is \
+where the edit may show. Connect an upscale model to *Back to size* to enlarge the edit with it.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model, picture and mask", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Edit", (5, 6)),
+            ("Result", (7, 8)),
+        ),
+    ),
+    "native_ksampler": Layout(
+        """# With ComfyUI's KSampler
+
+*Preset for native samplers* sets the model's time shift and guidance for ComfyUI's own samplers. KSampler takes \
+its steps and cfg; keep *euler* and *simple*. For SamplerCustom, use its SIGMAS instead.
+
+The result is that of Qwen Edit Sampler with the same preset and seed.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Preset and KSampler", (5, 6, 7)),
+            ("Result", (8, 9)),
+        ),
+    ),
+}
+
+ARRANGE = """
+const [note, columns] = args;
+const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, SaveImage: 340,
+               PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320};
+const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
+                PrimitiveStringMultiline: 110};
+const REPORT = 90;  // what a node grows by when it has reported
+const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
+const graph = app.graph;
+function place(node, x, y, width) {
+  const least = node.computeSize();
+  node.setSize([width, Math.max(least[1], HEIGHT[node.type] ?? 0)]);
+  node.pos = [x, y + TITLE];
+  let next = y + TITLE + node.size[1] + 30;
+  if (node.type.startsWith("QwenEdit") && node.type !== "QwenEditPerfLogger") next += REPORT;
+  return next;
+}
+function group(title, x, y, width, bottom) {
+  const made = new LiteGraph.LGraphGroup(title);
+  made.pos = [x - PAD, y - TOP];
+  made.size = [width + 2 * PAD, bottom - y + TOP];
+  graph.add(made);
+}
+let x = 0;
+const text = LiteGraph.createNode("MarkdownNote");
+graph.add(text);
+text.title = "Read me";
+text.widgets[0].value = note;
+text.setSize([340, 420]);
+text.pos = [x, TITLE];
+x += 340 + GAP + PAD;
+for (const [title, ids] of columns) {
+  const nodes = ids.map((id) => graph.getNodeById(id));
+  const width = Math.max(...nodes.map((n) => Math.max(n.computeSize()[0], WIDTH[n.type] ?? 270)));
+  let y = 0;
+  for (const node of nodes) y = place(node, x, y, width);
+  group(title, x, 0, width, y - 10);
+  x += width + GAP + 2 * PAD;
+}
+for (const node of graph._nodes) {
+  for (const widget of node.widgets ?? []) if (widget.name === "control_after_generate") widget.value = "fixed";
+}
+return JSON.stringify(graph.serialize());
+"""
+
+
+def tidy(name: str, graph: dict[str, Any]) -> dict[str, Any]:
+    """The graph with the same ids each time it is built, and without what the page works out by itself."""
+    numbers = {link[0]: number for number, link in enumerate(sorted(graph["links"]), 1)}
+    for link in graph["links"]:
+        link[0] = numbers[link[0]]
+    graph["links"].sort()
+    for node in graph["nodes"]:
+        for slot in node.get("inputs", []) + node.get("outputs", []):
+            slot.pop("localized_name", None)
+            if slot.get("link") is not None:
+                slot["link"] = numbers[slot["link"]]
+            if slot.get("links"):
+                slot["links"] = sorted(numbers[link] for link in slot["links"])
+    graph["nodes"].sort(key=lambda node: int(node["id"]))
+    for number, group in enumerate(graph["groups"], 1):
+        group["id"] = number
+    graph["last_link_id"] = len(numbers)
+    graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"qwen-edit-fast/{name}"))
+    graph["extra"] = {}
+    return graph
+
+
+def build(browser: Browser, name: str) -> dict[str, Any]:
+    """One workflow in UI format. Raises BrowserError when it would not queue what the API file says."""
+    layout = LAYOUTS[name]
+    workflow = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+    browser.load_api(workflow, name)
+    graph = json.loads(browser.js(ARRANGE, layout.note, layout.columns))
+    queued = browser.api_graph()
+    if queued != workflow:
+        wrong = [node for node in workflow if workflow[node] != queued.get(node)]
+        raise BrowserError(
+            f"{name}: the page would queue something else; nodes {', '.join(wrong)}: "
+            f"{[queued.get(node) for node in wrong]}"
+        )
+    return tidy(name, graph)
+
+
+def main() -> int:
+    """Build all templates, or those that are named."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
+    options = parser.parse_args()
+    for name in options.names or LAYOUTS:
+        # A browser for each, because previews of one graph make nodes of the next one taller.
+        with Browser(options.server) as browser:
+            browser.open()
+            text = json.dumps(build(browser, name), indent=1, ensure_ascii=False) + "\n"
+        path = WORKFLOWS / f"{name}.json"
+        write_atomically(path, text.encode())
+        say(f"Wrote {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_as_script(main, BrowserError)

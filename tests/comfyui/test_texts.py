@@ -1,0 +1,41 @@
+"""Translations and help pages keep in step with the nodes."""
+
+import json
+
+import pytest
+from array_client import ArrayClient
+from comfy_host import REPO
+from make_locales import LOCALES, english, keys
+
+pytestmark = pytest.mark.server
+
+
+def texts(language: str) -> dict:
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text("utf-8"))
+
+
+def test_english_texts_are_those_of_the_nodes(client: ArrayClient):
+    assert texts("en") == english(client.get("/object_info")), "scripts/make_locales.py refreshes them."
+
+
+def test_chinese_texts_are_complete(client: ArrayClient):
+    assert set(keys(texts("zh"))) == set(keys(english(client.get("/object_info"))))
+
+
+def test_server_hands_out_the_texts(client: ArrayClient):
+    served = client.get("/i18n")
+    for language in ("en", "zh"):
+        assert served[language]["nodeDefs"] == texts(language)
+        assert "Qwen Edit Fast" in served[language]["nodeCategories"]
+
+
+@pytest.mark.parametrize("name", texts("en"))
+def test_every_node_has_help_in_both_languages(name: str):
+    docs = REPO / "web" / "docs"
+    for page in (docs / f"{name}.md", docs / name / "zh.md"):
+        text = page.read_text("utf-8")
+        assert text.startswith("# ")
+        for key in texts("en")[name]["inputs"]:
+            # picture_1, lora_1 … stand for the others of their kind
+            known = key.rstrip("234") in text or key == "control_after_generate" or key == "pictures"
+            assert known, f"{page.name} does not mention the input {key}"

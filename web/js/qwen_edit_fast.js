@@ -1,0 +1,93 @@
+// What the canvas shows of Qwen Edit Fast beyond what ComfyUI shows by itself:
+// the text that a node reports after it ran, and the example pictures of the pack's templates.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+import { ComfyWidgets } from "../../../scripts/widgets.js";
+
+const REPORT = "report";
+const LINE_HEIGHT = 15;
+const CHARACTER_WIDTH = 6;
+const PADDING = 26;
+const EXAMPLES = ["astronaut", "cat", "coffee", "rocket"].map((name) => `qwen_edit_${name}.png`);
+const uploaded = new Set();
+
+function reportWidget(node) {
+  const existing = node.widgets?.find((widget) => widget.name === REPORT);
+  if (existing) return existing;
+  const { widget } = ComfyWidgets.STRING(node, REPORT, ["STRING", { multiline: true }], app);
+  widget.serialize = false; // not in the saved workflow
+  widget.options.serialize = false; // not in what is queued
+  widget.options.read_only = true;
+  widget.options.getMinHeight = () => widget.reportHeight ?? LINE_HEIGHT + PADDING;
+  widget.options.getMaxHeight = widget.options.getMinHeight;
+  const element = widget.element ?? widget.inputEl;
+  if (element) {
+    element.readOnly = true;
+    element.style.opacity = 0.75;
+  }
+  return widget;
+}
+
+function showReport(node, lines) {
+  const text = [lines].flat().filter(Boolean).join("\n");
+  if (!text && !node.widgets?.some((widget) => widget.name === REPORT)) return;
+  const widget = reportWidget(node);
+  widget.value = text;
+  const table = text.includes("  "); // columns are lined up with spaces
+  const element = widget.element ?? widget.inputEl;
+  if (element) {
+    element.style.fontFamily = table ? "monospace" : "";
+    element.style.whiteSpace = table ? "pre" : "";
+  }
+  const columns = Math.max(20, (node.size[0] - 40) / CHARACTER_WIDTH);
+  const rows = text
+    .split("\n")
+    .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(line.length / columns))), 0);
+  widget.reportHeight = rows * LINE_HEIGHT + PADDING;
+  const [width, height] = node.computeSize();
+  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  app.graph.setDirtyCanvas(true, true);
+}
+
+// The templates edit pictures that come with the pack. Load Image reads from ComfyUI's input folder, so a
+// template that is opened puts its pictures there. ComfyUI keeps a file that is there already.
+async function provideExample(name) {
+  if (uploaded.has(name)) return;
+  const file = await fetch(new URL(`../examples/${name}`, import.meta.url));
+  if (!file.ok) return;
+  const form = new FormData();
+  form.append("image", await file.blob(), name);
+  const answer = await api.fetchApi("/upload/image", { method: "POST", body: form });
+  if (answer.ok && (await answer.json()).name === name) uploaded.add(name);
+}
+
+app.registerExtension({
+  name: "QwenEditFast",
+
+  nodeCreated(node) {
+    if (!node.comfyClass?.startsWith("QwenEdit")) return;
+    const onExecuted = node.onExecuted;
+    node.onExecuted = function (output) {
+      onExecuted?.apply(this, arguments);
+      showReport(this, output?.text ?? []);
+    };
+  },
+
+  async beforeConfigureGraph(graph) {
+    const wanted = (graph?.nodes ?? [])
+      .filter((node) => node.type === "LoadImage")
+      .map((node) => node.widgets_values?.[0])
+      .filter((name) => EXAMPLES.includes(name));
+    await Promise.all([...new Set(wanted)].map(provideExample));
+  },
+
+  loadedGraphNode(node) {
+    if (node.type !== "LoadImage") return;
+    const widget = node.widgets?.find((one) => one.name === "image");
+    const offered = widget?.options?.values;
+    if (Array.isArray(offered) && uploaded.has(widget.value) && !offered.includes(widget.value)) {
+      offered.push(widget.value);
+    }
+  },
+});
