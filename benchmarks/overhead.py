@@ -29,6 +29,7 @@ from comfy_server import ComfyServer
 from environment import environment, keep
 from full_size import picture
 from graphs import edit_graph
+
 from training.pipeline import load_reference_pipeline, reference_area
 
 PROMPTS = ("make it black and white", "invert the colours", "mirror the picture", "make it brighter", "make it darker")

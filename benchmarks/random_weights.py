@@ -13,6 +13,7 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,7 +45,7 @@ def names_of_comfyui(comfyui: Path) -> dict[str, dict[str, torch.Size]]:
 
 def transformer_names(layers: int) -> dict[str, torch.Size]:
     """Tensor names and shapes of the 2511 transformer; ``layers`` is 60 in the released model."""
-    from diffusers import QwenImageTransformer2DModel
+    from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
     with torch.device("meta"):
         model = QwenImageTransformer2DModel(num_layers=layers, zero_cond_t=True)
@@ -53,7 +54,8 @@ def transformer_names(layers: int) -> dict[str, torch.Size]:
 
 def write(path: Path, shapes: Mapping[str, torch.Size], device: str) -> int:
     """Write random bf16 tensors as one safetensors file; returns its size in bytes."""
-    header, offset = {"__metadata__": {"content": "random weights"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"content": "random weights"}}
+    offset = 0
     for name, shape in shapes.items():
         size = shape.numel() * 2
         header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, offset + size]}

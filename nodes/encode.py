@@ -85,7 +85,7 @@ class QwenEditEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, clip, vae, prompt, negative, pictures, width, height, reference_size) -> io.NodeOutput:
-        given = {name: split_batches(name, images) for name, images in sorted(pictures.items()) if images}
+        given = {name: split_batches(name, images) for name, images in _in_order(pictures) if images}
         if not given:
             raise ValueError(f"{INPUT} No picture is connected. Connect at least picture_1.")
         columns = {"prompt": prompt, "negative": negative, "width": width, "height": height, **given}
@@ -105,3 +105,8 @@ class QwenEditEncode(io.ComfyNode):
         leave_card(clip[0])
         positive, negative_out, latent = (list(column) for column in zip(*results, strict=True))
         return io.NodeOutput(positive, negative_out, latent, ui=ui.PreviewText("\n".join(notes)))
+
+
+def _in_order(pictures: dict) -> list[tuple[str, list]]:
+    """picture_2 before picture_10: as numbers, not as words."""
+    return sorted(pictures.items(), key=lambda item: int(item[0].rsplit("_", 1)[-1]))

@@ -3,8 +3,9 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
+from ..qwen_edit.errors import INPUT
 from .host import folders
-from .host.request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
+from .host.request import OFFLOAD, PRECISIONS, PROFILES, VERSIONS, LoadRequest
 
 
 class QwenEditLoader(io.ComfyNode):
@@ -37,7 +38,7 @@ class QwenEditLoader(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "profile",
-                    options=["auto", "quality"],
+                    options=list(PROFILES),
                     default="auto",
                     tooltip="quality: never a precision below bf16. auto: what this machine runs best; in this version the"
                     " same. Profiles for 8 and 4 bit come with the kernels that make them fast.",
@@ -93,6 +94,8 @@ class QwenEditLoader(io.ComfyNode):
         offload="auto",
         model_version="auto",
     ) -> io.NodeOutput:
+        if profile not in PROFILES:
+            raise ValueError(f"{INPUT} profile is {profile!r}; it must be one of {', '.join(PROFILES)}.")
         from .host.loading import load  # brings diffusers: only when a node runs
 
         loaded = load(LoadRequest(model, text_encoder, vae, precision, attention, offload, model_version))

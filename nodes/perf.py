@@ -17,7 +17,7 @@ class QwenEditPerfLogger(io.ComfyNode):
         template = io.MatchType.Template("value")
         return io.Schema(
             node_id="QwenEditPerfLogger",
-            display_name="Perf Logger (Qwen Edit)",
+            display_name="Qwen Edit Perf Logger",
             category="Qwen Edit Fast",
             description="Measures the prompt it is part of: time per node, stage and step, memory, and how "
             "busy CPU and GPU were. One line per prompt goes to qwen_edit_perf/perf.jsonl in the output "

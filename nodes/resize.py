@@ -27,7 +27,7 @@ class QwenEditSmartResize(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QwenEditSmartResize",
-            display_name="Smart Resize (Qwen Edit)",
+            display_name="Qwen Edit Smart Resize",
             category="Qwen Edit Fast",
             description="Brings a picture of any size to one the model likes: about one megapixel, sides "
             "multiples of 32, aspect ratio kept. Restore Size undoes it to the pixel.",
@@ -106,7 +106,7 @@ class QwenEditRestoreSize(io.ComfyNode):
     def define_schema(cls):
         return io.Schema(
             node_id="QwenEditRestoreSize",
-            display_name="Restore Size (Qwen Edit)",
+            display_name="Qwen Edit Restore Size",
             category="Qwen Edit Fast",
             description="Brings the edited picture back to the size and place of the source, without shift "
             "or zoom. With a mask, the pixels outside it are the source's own.",

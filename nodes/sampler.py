@@ -88,7 +88,7 @@ class QwenEditSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, preset, seed, steps=0, true_cfg_scale=0.0, shift=0.0
     ) -> io.NodeOutput:
-        if not 0 <= seed <= MAX_SEED:
+        if not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
             raise ValueError(f"{INPUT} The seed is {seed}; it must be 0 to {MAX_SEED}.")
         from .host import sampling  # brings diffusers: only when a node runs
 

@@ -7,7 +7,7 @@ prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffus
 
 import json
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,20 +59,25 @@ def read_header(path: Path) -> dict[str, dict]:
         start = file.read(512)
     cause = _not_safetensors(start, size)
     if cause is not None:
-        raise ValueError(f"{WEIGHTS} {path.name} ({size:,} bytes) is not a safetensors file: {cause}")
+        raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a safetensors file: {cause}")
     try:
         # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
         with safe_open(path, framework="pt"):
             pass
     except (SafetensorError, OSError) as e:
         raise ValueError(
-            f"{WEIGHTS} {path.name} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
+            f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
         ) from e
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
     return header
+
+
+def _shown(path: Path) -> str:
+    """The file's name, with its folders when it is part of a diffusers folder."""
+    return "/".join(path.parts[-3:]) if (path.parent.parent / "model_index.json").is_file() else path.name
 
 
 def _not_safetensors(start: bytes, size: int) -> str | None:
@@ -113,7 +118,7 @@ def transformer_from_folder(folder: Path) -> TransformerSource:
     if not is_edit_folder(folder):
         raise ValueError(f"{WEIGHTS} {folder.name}: model_index.json does not name {' or '.join(PIPELINES)}.")
     component = folder / "transformer"
-    config = json.loads((component / "config.json").read_text(encoding="utf-8"))
+    config = read_config(component)
     files = weight_files(component)
     header = {name: (path, name) for path in files for name in read_header(path)}
     return TransformerSource(
@@ -154,6 +159,25 @@ def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> Transf
     )
 
 
+def read_config(component: Path, name: str = "config.json") -> dict[str, Any]:
+    """A JSON file of one component of a diffusers folder.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        config = json.loads((component / name).read_text(encoding="utf-8"))
+        if isinstance(config, dict):
+            return config
+        problem = "it is no JSON object"
+    except (OSError, ValueError) as e:
+        problem = str(e)
+    raise ValueError(
+        f"{WEIGHTS} {component.parent.name}/{component.name}/{name} can't be used ({problem}). Download the folder"
+        " again."
+    )
+
+
 def weight_files(component: Path) -> list[Path]:
     """The safetensors files of one component of a diffusers folder.
 
@@ -162,8 +186,13 @@ def weight_files(component: Path) -> list[Path]:
     """
     indices = sorted(component.glob("*.safetensors.index.json"))
     if indices:
-        weight_map = json.loads(indices[0].read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_config(component, indices[0].name).get("weight_map", {})
         files = [component / name for name in sorted(set(weight_map.values()))]
+        outside = [f.name for f in files if f.parent != component]
+        if outside:
+            raise ValueError(
+                f"{WEIGHTS} {component.parent.name}/{component.name}: its index names files of other folders."
+            )
     else:
         files = sorted(component.glob("*.safetensors"))
     missing = [f.name for f in files if not f.is_file()]
@@ -257,17 +286,34 @@ def fill(
         with safe_open(path, framework="pt", device=str(device)) as file:
             for name, stored in entries:
                 tensor = file.get_tensor(stored)
-                if tensor.shape != expected[name].shape:
-                    raise ValueError(
-                        f"{WEIGHTS} {source.label}: {name} is {list(tensor.shape)}, the model needs"
-                        f" {list(expected[name].shape)}. The configuration and the weights do not belong together."
-                    )
+                _check_shape(source.label, name, tensor.shape, expected[name].shape)
                 state[name] = tensor.to(dtype)
                 done += state[name].nbytes
                 if progress is not None:
                     progress(done, total)
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
+    """Raise as ``fill`` would, from the headers alone, so that nothing is loaded for a file that can't be used.
+
+    Raises:
+        ValueError: tensors are missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    check_names(source.label, expected.keys(), source.tensors.keys())
+    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+    for name, (path, stored) in source.tensors.items():
+        _check_shape(source.label, name, headers[path][stored]["shape"], expected[name].shape)
+
+
+def _check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    if list(found) != list(wanted):
+        raise ValueError(
+            f"{WEIGHTS} {label}: {name} is {list(found)}, the model needs {list(wanted)}. The configuration and the"
+            " weights do not belong together."
+        )
 
 
 def check_names(label: str, wanted: Iterable[str], found: Iterable[str]) -> None:

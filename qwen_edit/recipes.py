@@ -86,7 +86,7 @@ def recipe_for(preset: str, steps: int = 0, true_cfg_scale: float = 0.0, shift: 
     """
     if preset not in PRESETS:
         raise ValueError(f"{INPUT} The preset is {preset!r}; it must be one of {', '.join(PRESETS)}.")
-    if not 0 <= steps <= MAX_STEPS:
+    if not (isinstance(steps, int) and 0 <= steps <= MAX_STEPS):
         raise ValueError(f"{INPUT} steps is {steps}; it must be 0 (the preset's value) or 1 to {MAX_STEPS}.")
     if not (true_cfg_scale == 0 or 1 <= true_cfg_scale <= MAX_CFG):
         raise ValueError(

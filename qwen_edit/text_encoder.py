@@ -49,6 +49,10 @@ def as_plain_text(prompt: str) -> tuple[str, list[str]]:
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         notes.append(f"The prompt has {len(prompt):,} characters; the first {MAX_PROMPT_CHARACTERS:,} are used.")
         prompt = prompt[:MAX_PROMPT_CHARACTERS]
+    encodable = prompt.encode("utf-8", "replace").decode("utf-8")  # half of a surrogate pair is no text
+    if encodable != prompt:
+        notes.append("Characters that are no valid Unicode were replaced.")
+        prompt = encodable
     plain = _SPECIAL.sub(lambda m: f"< {m.group()[1:-1]} >", prompt)
     if plain != prompt:
         notes.append("Special tokens in the prompt are taken as text.")

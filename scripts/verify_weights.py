@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 REPO = Path(__file__).resolve().parents[1]
 # The largest relative difference that rounding explains, by precision.
@@ -26,7 +27,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         import torch
-        from diffusers import QwenImageTransformer2DModel
+        from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
     except ImportError as e:
         print(f"This Python lacks {e.name}. Run it with the Python of your ComfyUI.", file=sys.stderr)
         return 1
@@ -52,7 +53,7 @@ def main() -> int:
         print(e, file=sys.stderr)
         return 1
 
-    theirs = QwenImageTransformer2DModel.from_config(dict(source.config) | {"num_layers": 0})
+    theirs: Any = QwenImageTransformer2DModel.from_config(dict(source.config) | {"num_layers": 0})
     for name, child in ours.named_children():
         if name != "pos_embed":  # the same weights in both
             setattr(theirs, name, child)

@@ -40,9 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="where weights, logs and sheets go")
     parser.add_argument("--folder", type=Path, help="write the finished diffusers folder here")
     parser.add_argument("--resume", type=Path, help="an earlier --out")
-    parser.add_argument(
-        "--continue-edit", action="store_true", help="begin stage 2 with the weights in --resume"
-    )
+    parser.add_argument("--continue-edit", action="store_true", help="begin stage 2 with the weights in --resume")
     parser.add_argument("--tokenizer", type=Path, default=ROOT / "demo_model" / "tokenizer")
     parser.add_argument("--vocabulary", type=Path, help="Qwen2.5's vocab.json and merges.txt, to prune anew")
     parser.add_argument("--vae-seconds", type=float, default=300)
@@ -51,9 +49,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lora-seconds", type=float, default=25, help="each")
     parser.add_argument("--seed", type=int, default=2511)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
-        "--small", action="store_true", help="tiny batches and pool, to try the code on a CPU"
-    )
+    parser.add_argument("--small", action="store_true", help="tiny batches and pool, to try the code on a CPU")
     return parser.parse_args()
 
 
@@ -88,9 +84,7 @@ class Run:
         initialise(self.transformer)
         self.flat = FlatVAE(dict(self.vae.config)).to(self.device)
         if options.resume:
-            self.vae.load_state_dict(
-                {k: v.float() for k, v in load_file(options.resume / "vae.safetensors").items()}
-            )
+            self.vae.load_state_dict({k: v.float() for k, v in load_file(options.resume / "vae.safetensors").items()})
             self.flat = from_diffusers(self.vae).to(self.device)
         trained = options.resume and (options.continue_edit or options.edit_seconds == 0)
         if trained and (options.resume / "transformer.safetensors").exists():
@@ -195,9 +189,7 @@ class Run:
             joined = [torch.cat(s) for s in sources]
             for steps, scale in ((4, 1.0), (20, 3.0)):
                 result = sample(self.engine, self.text, self.latents, prompts, joined, steps, scale)
-                for instruction, made, exact in zip(
-                    group, result.split(len(photographs)), answers, strict=True
-                ):
+                for instruction, made, exact in zip(group, result.split(len(photographs)), answers, strict=True):
                     pairs = zip(made.cpu().numpy(), exact.cpu().numpy(), strict=True)
                     row = table.setdefault(instruction.name, {})
                     row[f"{steps} steps, cfg {scale}"] = [round(psnr(m, e), 2) for m, e in pairs]
@@ -215,9 +207,7 @@ class Run:
     def sheet(self, rows: list[torch.Tensor], name: str) -> None:
         """One row per entry, half size."""
         lines = [torch.cat(list(r), 1)[::2, ::2].cpu().numpy() for r in rows]
-        Image.fromarray((np.concatenate(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(
-            self.out / name
-        )
+        Image.fromarray((np.concatenate(lines).clip(0, 1) * 255).round().astype(np.uint8)).save(self.out / name)
 
     def lora_stage(self) -> None:
         options = self.options
@@ -229,9 +219,7 @@ class Run:
             off = sample(self.engine, self.text, self.latents, prompts, [photographs], 20, 1.0)
             seconds, seed = options.lora_seconds, options.seed + 4 + number
             scale = 0.02 if options.small else 0.5
-            log = train_lora(
-                self.engine, self.text, self.maker, self.log["statistics"], style, seconds, seed, scale
-            )
+            log = train_lora(self.engine, self.text, self.maker, self.log["statistics"], style, seconds, seed, scale)
             on = sample(self.engine, self.text, self.latents, prompts, [photographs], 20, 1.0)
             for label, result in (("db_on", on), ("db_off", off)):
                 pairs = zip(result.cpu().numpy(), target.cpu().numpy(), strict=True)

@@ -92,19 +92,14 @@ def procedural_pictures(
     def rand(*shape: int) -> torch.Tensor:
         return torch.rand(*shape, device=device, generator=generator)
 
-    palette = (
-        torch.cat([torch.from_numpy(p[::7, ::7].reshape(-1, 3)) for p in photographs]).to(device) / 255.0
-    )
+    palette = torch.cat([torch.from_numpy(p[::7, ::7].reshape(-1, 3)) for p in photographs]).to(device) / 255.0
     noise = _noise_bank(min(count, 64), size, device, generator)
     axis = torch.arange(size, device=device) + 0.5
     y, x = axis[None, :, None], axis[None, None, :]
     pictures = torch.empty(count, 3, size, size, device=device)
     for first in range(0, count, 64):
         n = min(64, count - first)
-        canvas = (
-            rand(n, 3, 1, 1).expand(-1, -1, size, size)
-            + 0.2 * noise[torch.randperm(len(noise))[:n].to(device)]
-        )
+        canvas = rand(n, 3, 1, 1).expand(-1, -1, size, size) + 0.2 * noise[torch.randperm(len(noise))[:n].to(device)]
         for index in range(140):
             # from large shapes to small ones, so that the small stay visible
             radius = size * (0.5 * (index + 1) ** -0.6) * (0.5 + rand(n, 1, 1))
@@ -142,9 +137,7 @@ class Pool:
         fits = (self.heights >= max(height, width)) & (self.widths >= max(height, width))
         weights = torch.where(fits, self.weights, torch.zeros_like(self.weights))
         picture = torch.multinomial(weights, count, replacement=True, generator=generator)
-        turned, flip_y, flip_x = (
-            torch.rand(3, count, 1, 1, device=device, generator=generator) < 0.5
-        ).unbind(0)
+        turned, flip_y, flip_x = (torch.rand(3, count, 1, 1, device=device, generator=generator) < 0.5).unbind(0)
         turned &= torch.rand(count, 1, 1, device=device, generator=generator) < 0.3
         dy = torch.arange(height, device=device)[None, :, None]
         dx = torch.arange(width, device=device)[None, None, :]
@@ -209,8 +202,6 @@ def recolour(pictures: torch.Tensor, generator: torch.Generator, strength: float
     grey = pictures.mean(-1, keepdim=True)
     pictures = sometimes(0.4, grey + (pictures - grey) * rand(0.2, 1.8), pictures)
     pictures = sometimes(0.2, 0.5 + (pictures - 0.5) * rand(0.5, 1.5), pictures)
-    order = (
-        torch.rand(count, 3, device=device, generator=generator).argsort(1)[:, None, None].expand_as(pictures)
-    )
+    order = torch.rand(count, 3, device=device, generator=generator).argsort(1)[:, None, None].expand_as(pictures)
     pictures = sometimes(0.3, pictures.gather(3, order), pictures)
     return pictures.clamp(0, 1)

@@ -76,9 +76,7 @@ def main() -> None:
     device = torch.device(options.device)
     pipeline = load_reference_pipeline(options.folder, device=device)
     backend = pipeline.tokenizer.backend_tokenizer
-    text = TextSide(
-        pipeline.text_encoder, lambda words: backend.encode(words, add_special_tokens=False).ids, device
-    )
+    text = TextSide(pipeline.text_encoder, lambda words: backend.encode(words, add_special_tokens=False).ids, device)
     config = pipeline.vae.config
     numbers = {"mean": config.latents_mean, "std": config.latents_std}
     latents = Latents(from_diffusers(pipeline.vae).to(device), numbers, device)

@@ -111,9 +111,7 @@ class TextSide:
         return ids, torch.from_numpy(np.concatenate(positions, 1)).to(self.device), place
 
     @lru_cache(maxsize=256)  # noqa: B019
-    def _layout(
-        self, pictures: int, rows: int, columns: int, length: int
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _layout(self, pictures: int, rows: int, columns: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions `[3, length]` of a whole text and the places of its picture tokens."""
         head, positions, place = self._head(pictures, rows, columns)
         tail = torch.arange(place, place + length - len(head), device=self.device).expand(3, -1)
@@ -156,9 +154,7 @@ class TextSide:
         )
         return output.last_hidden_state[:, TEMPLATE_TOKENS:]
 
-    def encode(
-        self, prompts: list[list[int]], pictures: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def encode(self, prompts: list[list[int]], pictures: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
         """Embeddings `[B, L, width]` and their mask `[B, L]`."""
         ids, mask = self.ids(prompts, pictures)
         return self.embed(ids, pictures), mask[:, TEMPLATE_TOKENS:]

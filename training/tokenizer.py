@@ -20,8 +20,8 @@ from training.instructions import all_prompts
 # states.
 TEMPLATE = (
     "<|im_start|>system\nDescribe the key features of the input image (color, shape, size, texture, objects, "
-    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "  # noqa: E501
-    "that meets the user's requirements while maintaining consistency with the original input where appropriate."  # noqa: E501
+    "background), then explain how the user's text instruction should alter or modify the image. Generate a new image "
+    "that meets the user's requirements while maintaining consistency with the original input where appropriate."
     "<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 TEMPLATE_TOKENS = 64
@@ -47,9 +47,7 @@ def _used_merges(words: set[str], ranks: dict[tuple[str, str], int]) -> set[tupl
     for word in words:
         parts = list(word)
         while len(parts) > 1:
-            rank, at = min(
-                (ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts))
-            )
+            rank, at = min((ranks.get(pair, len(ranks)), i) for i, pair in enumerate(itertools.pairwise(parts)))
             if rank == len(ranks):
                 break
             used.add((parts[at], parts[at + 1]))

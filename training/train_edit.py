@@ -134,9 +134,7 @@ class Engine:
         key = grids, text_length
         if key not in self.cache:
             shapes = [[(1, h, w) for h, w in grids]]
-            self.cache[key] = self.transformer.pos_embed(
-                shapes, max_txt_seq_len=text_length, device=self.device
-            )
+            self.cache[key] = self.transformer.pos_embed(shapes, max_txt_seq_len=text_length, device=self.device)
         return self.cache[key]
 
     def _block(self, block, x, text, mask, temb, rotations, count):
@@ -223,9 +221,7 @@ class Latents:
         return ((self.vae.decode(latents).clamp(-1, 1) + 1) / 2).permute(0, 2, 3, 1)
 
 
-def open_samples(
-    name: str, pictures: torch.Tensor, generator: torch.Generator
-) -> tuple[torch.Tensor, torch.Tensor]:
+def open_samples(name: str, pictures: torch.Tensor, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """OPEN[name].sample for a batch `[B, H, W, 3]` on the device: (sources, right answers)."""
     b, height, width, _ = pictures.shape
     device = pictures.device
@@ -353,9 +349,7 @@ def timesteps(count: int, device: torch.device) -> torch.Tensor:
     return torch.where(pick, uniform, t)
 
 
-def flow_loss(
-    engine: Engine, target, references, grids, embeddings, mask, weights: torch.Tensor
-) -> torch.Tensor:
+def flow_loss(engine: Engine, target, references, grids, embeddings, mask, weights: torch.Tensor) -> torch.Tensor:
     """Squared error of the velocity (noise − latents), channels weighted by what they mean in pixels."""
     t = timesteps(len(target), target.device)
     noise = torch.randn_like(target)

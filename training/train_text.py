@@ -40,14 +40,10 @@ class InstructionHead(torch.nn.Module):
 def fake_vision(text: TextSide, count: int, pictures: int) -> list[torch.Tensor]:
     """Noise of the shape of square pictures: the words matter here."""
     side = 7 * text.factor
-    return [
-        torch.randn(1, 3, side, side, device=text.device).expand(count, -1, -1, -1) for _ in range(pictures)
-    ]
+    return [torch.randn(1, 3, side, side, device=text.device).expand(count, -1, -1, -1) for _ in range(pictures)]
 
 
-def train_text(
-    text: TextSide, maker, head: InstructionHead, seconds: float, seed: int, batch: int = 128
-) -> dict:
+def train_text(text: TextSide, maker, head: InstructionHead, seconds: float, seed: int, batch: int = 128) -> dict:
     torch.manual_seed(seed)
     parameters = [*text.language.parameters(), *head.parameters()]
     optimizer = make_optimizer(parameters, text.device, 1e-2)

@@ -52,9 +52,7 @@ class Average:
             mean.copy_(kept)
 
 
-def picture_batch(
-    pool: Pool, count: int, size: int, generator: torch.Generator, strength: float = 1.0
-) -> torch.Tensor:
+def picture_batch(pool: Pool, count: int, size: int, generator: torch.Generator, strength: float = 1.0) -> torch.Tensor:
     """Crops `[count, 3, size, size]` in [-1, 1]; an eighth of them went through an edit."""
     pictures = recolour(pool.crops(count, size, size, generator), generator, strength)
     name = EDITED[int(torch.randint(len(EDITED), (), device="cpu"))]
@@ -83,9 +81,7 @@ def loss_of(vae: FlatVAE, pictures: torch.Tensor) -> torch.Tensor:
     error = vae.decode(noisy).float() - pictures
     identity = torch.eye(vae.z_dim, device=latents.device)
     white = (covariance(latents)[1] - identity).square().mean()
-    return (
-        error.square().mean((1, 2, 3)).add(1e-6).sqrt().mean() + 0.25 * error.abs().mean() + WHITENESS * white
-    )
+    return error.square().mean((1, 2, 3)).add(1e-6).sqrt().mean() + 0.25 * error.abs().mean() + WHITENESS * white
 
 
 @torch.no_grad()
@@ -185,9 +181,7 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def train_vae(
-    vae: FlatVAE, pool: Pool, seconds: float, seed: int, batch: int = 48, polish: bool = False
-) -> dict:
+def train_vae(vae: FlatVAE, pool: Pool, seconds: float, seed: int, batch: int = 48, polish: bool = False) -> dict:
     """Train for `seconds`: crops of 128 pixels first, of 256 in the last 40 %. Returns the log.
 
     polish: start from a trained VAE: large crops only, a lower learning rate.

@@ -8,7 +8,8 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from ...qwen_edit.checkpoints import read_header, weight_files
+from ...qwen_edit.checkpoints import read_config, read_header, weight_files
+from ...qwen_edit.errors import WEIGHTS
 from ...qwen_edit.pictures import to_pil
 from ...qwen_edit.text_encoder import FolderTextEncoder, encode
 from .memory import ShellPatcher
@@ -79,12 +80,18 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
     if dtype is None:
         on_cpu = comfy.model_management.is_device_cpu(load_device)
         dtype = torch.float32 if on_cpu else torch.bfloat16
+    read_config(folder / "text_encoder")
     files = weight_files(folder / "text_encoder")
     weights = sum(_elements(path) for path in files)
 
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model = FolderTextModel(folder, dtype)
-    clip.tokenizer = FolderTokenizer(FolderTextEncoder(folder))
+    try:
+        clip.tokenizer = FolderTokenizer(FolderTextEncoder(folder))
+    except (OSError, ValueError) as e:  # transformers' own message speaks of its hub
+        raise ValueError(
+            f"{WEIGHTS} {folder.name}: tokenizer or processor can't be read. Download the folder again."
+        ) from e
     clip.patcher = ShellPatcher(
         clip.cond_stage_model,
         load_device=load_device,

@@ -129,7 +129,7 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
         ValueError: a side that is no multiple of 16 or outside its range.
     """
     for name, value in (("width", width), ("height", height)):
-        if value and not (GRID <= value <= MAX_SIDE and value % GRID == 0):
+        if not isinstance(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
             raise ValueError(
                 f"{INPUT} {name} is {value}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
             )

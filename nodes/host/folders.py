@@ -91,8 +91,10 @@ def fingerprint_of(path_of: Callable[[str], Path], names: Iterable[str]) -> tupl
     result = []
     for name in names:
         try:
-            stat = path_of(name).stat()
-            result.append((name, stat.st_size, stat.st_mtime_ns))
+            path = path_of(name)
+            files = sorted(path.glob("*/*")) if path.is_dir() else [path]
+            stats = [file.stat() for file in files]
+            result.append((name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)))
         except (ValueError, OSError):  # execute reports it
             result.append((name,))
     return tuple(result)

@@ -22,7 +22,7 @@ from ...qwen_edit.checkpoints import (
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
-from .memory import OWNER, ShellPatcher
+from .memory import Owner, ShellPatcher
 from .model import make_model
 from .request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
 from .vae import load_vae, statistics
@@ -40,6 +40,13 @@ class Loaded:
     @property
     def nbytes(self) -> int:
         return sum(p.model_size() for p in (self.model, self.clip.patcher, self.vae.patcher))
+
+    @property
+    def shells(self) -> list[ShellPatcher]:
+        return [p for p in (self.model, self.clip.patcher) if isinstance(p, ShellPatcher)]
+
+
+OWNER: Owner[Loaded] = Owner(lambda loaded: loaded.shells)
 
 
 def load(request: LoadRequest) -> Loaded:
@@ -96,8 +103,7 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
     device = comfy.model_management.get_torch_device()
     dtype = PRECISIONS[request.precision] or _automatic_dtype(device)
     attention = resolve(request.attention, device, dtype, int(source.config.get("attention_head_dim", 128)))
-    vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
-    model = make_model(
+    model = make_model(  # first, because it takes no memory yet and tells whether the files fit
         source,
         dtype,
         statistics(vae_path) if vae_path.is_dir() else None,
@@ -106,6 +112,7 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
         keep_on_card=request.offload == "none",
     )
     clip = load_clip(encoder, keep_on_card=request.offload == "none") if encoder.is_dir() else _single_clip(encoder)
+    vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
     return Loaded(model, clip, vae, tuple(_notes(source, dtype, attention, model)))
@@ -118,7 +125,8 @@ def _automatic_dtype(device: torch.device) -> torch.dtype:
 
 
 def _single_clip(path: Path) -> comfy.sd.CLIP:
-    _header_of(path, "model.layers.0.self_attn.q_proj.weight", "a Qwen2.5-VL text encoder")
+    # by this tensor ComfyUI tells the encoder too; what it does not know it would load as another model's
+    _header_of(path, "model.layers.0.self_attn.k_proj.bias", [512], "the text encoder of Qwen-Image, Qwen2.5-VL 7B")
     return comfy.sd.load_clip(
         [str(path)],
         embedding_directory=folder_paths.get_folder_paths("embeddings"),
@@ -127,15 +135,19 @@ def _single_clip(path: Path) -> comfy.sd.CLIP:
 
 
 def _single_vae(path: Path) -> comfy.sd.VAE:
-    _header_of(path, "decoder.middle.0.residual.0.gamma", "the VAE of Qwen-Image")
+    _header_of(path, "decoder.middle.0.residual.0.gamma", None, "the VAE of Qwen-Image")
     vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
     vae.not_video = True
     return vae
 
 
-def _header_of(path: Path, key: str, what: str) -> None:
-    if path.suffix.lower() == ".safetensors" and not any(name.endswith(key) for name in read_header(path)):
-        raise ValueError(f"{WEIGHTS} {path.name} is not {what}: it has no tensor {key}.")
+def _header_of(path: Path, key: str, shape: list[int] | None, what: str) -> None:
+    if path.suffix.lower() not in (".safetensors", ".sft"):
+        raise ValueError(f"{WEIGHTS} {path.name} is no safetensors file. This node loads {what} from those only.")
+    found = next((entry["shape"] for name, entry in read_header(path).items() if name.endswith(key)), None)
+    if found is None or shape not in (None, found):
+        tensor = "it has no tensor" if found is None else f"its shape is {found}, not {shape}, in"
+        raise ValueError(f"{WEIGHTS} {path.name} is not {what}: {tensor} {key}.")
 
 
 def _notes(source: TransformerSource, dtype: torch.dtype, attention, model: ShellPatcher) -> list[str]:

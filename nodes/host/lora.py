@@ -18,7 +18,7 @@ from .memory import Owner, ShellPatcher
 
 LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's additional models
 
-POOL: Owner[ShellPatcher] = Owner()
+POOL: Owner[ShellPatcher] = Owner(lambda patcher: [patcher])
 
 
 class ResidentLora(torch.nn.Module):

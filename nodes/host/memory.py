@@ -9,7 +9,7 @@ the weights again.
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import comfy.model_management
@@ -69,11 +69,16 @@ class ShellPatcher(ModelPatcher):
     def detach(self, unpatch_all=True):
         # /free arrives while no prompt executes; then the memory is wanted back, not a copy in RAM.
         if unpatch_all and get_executing_context() is None and not self.model.is_empty:
-            super().unpatch_model(None, True)
-            self.model.empty()
-            self.model.device = self.offload_device
-            OWNER.forget_all()
+            self.release()
+            for owner in OWNERS:
+                owner.forget_all()
         return super().detach(unpatch_all)
+
+    def release(self) -> None:
+        """Drop the weights; the next load reads them again."""
+        super().unpatch_model(None, True)
+        self.model.empty()
+        self.model.device = self.offload_device
 
 
 T = TypeVar("T")
@@ -86,9 +91,15 @@ class Owner(Generic[T]):
     prompt would cost a reload from disk.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shells: Callable[[T], Iterable[ShellPatcher]]) -> None:
+        """
+        Args:
+            shells: the patchers of a kept thing whose weights can be dropped.
+        """
+        self._shells = shells
         self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self._idle: list[T] = []
+        OWNERS.append(self)
 
     def get(self, key: Hashable, make: Callable[[], T], size: Callable[[T], int]) -> tuple[T, bool]:
         """The thing kept under ``key``, made if there is none, and whether it was there already."""
@@ -108,19 +119,31 @@ class Owner(Generic[T]):
         return thing, found
 
     def forget_all(self) -> None:
-        """Let go of everything, a moment later: this is called by ComfyUI's memory manager while it walks its list
-        of loaded models, and dropping the last reference to one of them there ends ComfyUI's prompt worker."""
-        self._idle.extend(thing for thing, _ in self._kept.values())
+        """Drop all weights, also those that wait in RAM, and let go of everything a moment later: this is called by
+        ComfyUI's memory manager while it walks its list of loaded models, and dropping the last reference to one of
+        them there ends ComfyUI's prompt worker."""
+        for thing, _ in self._kept.values():
+            for shell in self._shells(thing):
+                if not shell.model.is_empty:
+                    shell.release()
+            self._idle.append(thing)
         self._kept.clear()
         self._drop_idle()
 
     def _drop_idle(self) -> None:
-        if self._idle and comfy.model_management.current_loaded_models:
-            timer = threading.Timer(1.0, self._drop_idle)
+        if self._idle and _is_freeing():
+            timer = threading.Timer(0.5, self._drop_idle)
             timer.daemon = True
             timer.start()
         else:
             self._idle.clear()
 
 
-OWNER: Owner[Any] = Owner()
+def _is_freeing() -> bool:
+    """Whether ComfyUI is still walking its list: it takes out what it has detached only at the end, and a shell
+    that is empty is in the list at no other time."""
+    loaded = [entry.model for entry in list(comfy.model_management.current_loaded_models)]
+    return any(isinstance(patcher, ShellPatcher) and patcher.model.is_empty for patcher in loaded)
+
+
+OWNERS: list[Owner[Any]] = []

@@ -12,7 +12,7 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import TransformerSource, fill
+from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.transformer import QwenEditTransformer, denoise
@@ -85,6 +85,14 @@ class HostTransformer(QwenEditTransformer):
     ):
         comfy.model_management.throw_exception_if_processing_interrupted()
         _refuse_what_is_not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
+        width = self.config.joint_attention_dim
+        if context.shape[-1] != width:
+            raise ValueError(
+                f"{INPUT} The conditioning is {context.shape[-1]} wide, this model needs {width}: it was made with the text"
+                " encoder of another model."
+            )
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
         references = ref_latents or []
         tokens, grids = zip(*(_pack(latents) for latents in (x, *references)), strict=True)
         with BlockStream(self.transformer_blocks, x.device) as stream:
@@ -163,6 +171,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.source = source
         with torch.device("meta"):
             transformer = HostTransformer.from_config(dict(source.config)).eval()
+        check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, dtype)
         self.diffusion_model.requires_grad_(False)

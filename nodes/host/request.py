@@ -7,6 +7,7 @@ import torch
 from . import folders
 
 PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+PROFILES = ("auto", "quality")
 OFFLOAD = ("auto", "none", "text encoder", "stream")
 VERSIONS = {"auto": None, "2511": True, "2509": False}
 

@@ -8,13 +8,13 @@ import comfy.sd
 import torch
 from safetensors.torch import load_file
 
-from ...qwen_edit.checkpoints import check_names, read_header, weight_files
+from ...qwen_edit.checkpoints import check_names, read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
 
 
 def statistics(folder: Path) -> dict | None:
     """Latent mean, deviation and preview factors of the folder's VAE; None when they are the released VAE's."""
-    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder / "vae")
     preview = folder / "vae" / "preview_factors.json"
     if not preview.is_file():
         return None
@@ -27,7 +27,7 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     Raises:
         ValueError: the VAE is not one of this family, or its names do not map.
     """
-    config = json.loads((folder / "vae" / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder / "vae")
     if config.get("num_res_blocks", 2) != 2 or config.get("dim_mult", [1, 2, 4, 4]) != [1, 2, 4, 4]:
         raise ValueError(f"{WEIGHTS} {folder.name}/vae: ComfyUI reads VAEs of this family with 2 residual blocks only.")
     state = {}

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from array_client import ArrayClient
-from comfy_host import Host, HostError, cache_folder, check_imports, find_comfyui
+from comfy_host import PACK_NAME, Host, HostError, cache_folder, check_imports, find_comfyui
 from comfy_server import ComfyServer
 
 StartServer = Callable[..., ComfyServer]
@@ -34,6 +34,7 @@ def host() -> Host:
     return Host(Path(sys.executable), comfyui)
 
 
+PROBE_NODES = Path(__file__).parent / "probe_nodes"
 MODEL_FOLDERS = ("diffusers", "diffusion_models", "text_encoders", "vae", "loras")
 
 
@@ -44,6 +45,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for folder in MODEL_FOLDERS:
         (root / folder).mkdir()
     paths = {"test": {"base_path": str(root)} | {folder: folder for folder in MODEL_FOLDERS}}
+    paths["probe"] = {"custom_nodes": str(PROBE_NODES)}
     (root / "paths.yaml").write_text(json.dumps(paths), encoding="utf-8")  # JSON is YAML
     return root
 
@@ -52,6 +54,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(host: Host, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ComfyServer]:
     """The shared server: `.url`, `.input`, `.output`, `.user`, `.temp`, `.log_tail()`."""
     extra = ["--extra-model-paths-config", str(models / "paths.yaml")]
+    extra += ["--whitelist-custom-nodes", PACK_NAME, "qwen_edit_probe"]
     with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), extra, cpu=True) as running:
         yield running
 

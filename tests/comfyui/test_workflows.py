@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from array_client import ArrayClient, from_file
 from comfy_host import REPO
+
 from training import instructions
 
 pytestmark = pytest.mark.server

@@ -1,0 +1,244 @@
+"""Nodes and one route that the server tests look through; loaded by the tests' server only.
+
+`/qwen_edit_probe` tells what ComfyUI's memory manager and the pack's owners hold, without queueing a prompt.
+"""
+
+import gc
+import sys
+import threading
+
+import comfy.controlnet
+import comfy.model_management
+import comfy.utils
+import psutil
+import torch
+from aiohttp import web
+from comfy.model_patcher import ModelPatcher
+from server import PromptServer
+
+import nodes as comfy_nodes
+
+
+class _Any(str):
+    """A type that every input accepts."""
+
+    def __ne__(self, other):
+        return False
+
+
+ANY = _Any("*")
+
+
+def pack_module(name: str):
+    """The pack's module `nodes.host.<name>`, under whatever name ComfyUI imported it."""
+    return next((m for key, m in list(sys.modules.items()) if key.endswith(f".nodes.host.{name}")), None)
+
+
+@PromptServer.instance.routes.get("/qwen_edit_probe")
+async def look(request):
+    gc.collect()
+    loading, lora = pack_module("loading"), pack_module("lora")
+    loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
+    shells = {}
+    for thing in gc.get_objects():
+        if type(thing).__name__ in ("QwenEditModel", "FolderTextModel", "ResidentLora"):
+            shells.setdefault(type(thing).__name__, []).append(thing.is_empty)
+    return web.json_response(
+        {
+            "loaded": [type(p.model).__name__ for p in loaded if p is not None],
+            "shells": shells,
+            "owned": len(loading.OWNER._kept) if loading else 0,
+            "loras": len(lora.POOL._kept) if lora else 0,
+            "threads": threading.active_count(),
+            "rss": psutil.Process().memory_info().rss,
+            "modules": sorted(n for n in ("diffusers", "transformers", "peft", "accelerate") if n in sys.modules),
+            "cuda": torch.cuda.is_initialized(),
+        }
+    )
+
+
+class Pass:
+    """Hands a value on; another nonce makes everything after it run again."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY,), "nonce": ("STRING",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, value, nonce):
+        return (value,)
+
+
+class Number:
+    """A number that no widget would let through; without a decimal point an integer."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING",)}}
+
+    def run(self, text):
+        try:
+            return (int(text),)
+        except ValueError:
+            return (float(text),)
+
+
+class Text:
+    """A text for a combo."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"text": ("STRING",)}}
+
+    def run(self, text):
+        return (text,)
+
+
+class Picture:
+    """An IMAGE of any shape ("2,64,64,3") filled with one number, or a "ramp"."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("IMAGE",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"shape": ("STRING",), "fill": ("STRING",)}}
+
+    def run(self, shape, fill):
+        size = [int(s) for s in shape.split(",")]
+        if fill == "ramp":
+            count = max(1, torch.Size(size).numel())
+            return (torch.arange(count).float().mul(7).remainder(256).div(255).view(size),)
+        return (torch.full(size, float(fill)),)
+
+
+class Damage:
+    """A LATENT with one number replaced, or of another shape."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"latent": ("LATENT",), "kind": ("STRING",)}}
+
+    def run(self, latent, kind):
+        samples = latent["samples"].clone()
+        if kind == "twice":
+            samples = samples.repeat(2, 1, 1, 1, 1)
+        elif kind == "video":
+            samples = samples.repeat(1, 1, 3, 1, 1)
+        elif kind == "empty":
+            samples = samples[:0]
+        else:
+            samples.view(-1)[5] = float(kind)
+        return (latent | {"samples": samples},)
+
+
+class Patch:
+    """A MODEL with something that other packs add to a transformer."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "kind": ("STRING",)}}
+
+    def run(self, model, kind):
+        clone = model.clone()
+        if kind == "block":
+            clone.set_model_double_block_patch(lambda args: args)
+        elif kind == "replace":
+            clone.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
+        elif kind == "attention":
+            options = clone.model_options["transformer_options"]
+            options["optimized_attention_override"] = lambda original, *args, **kwargs: original(*args, **kwargs)
+        elif kind == "foreign":
+            holder = torch.nn.Module()
+            holder.diffusion_model = torch.nn.Linear(2, 2)
+            return (ModelPatcher(holder, torch.device("cpu"), torch.device("cpu")),)
+        elif kind == "nan":
+            clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float("nan"))
+        elif kind == "oom":
+            clone.set_model_unet_function_wrapper(_out_of_memory)
+        return (clone,)
+
+
+def _out_of_memory(apply, args):
+    raise torch.cuda.OutOfMemoryError("CUDA out of memory (a test)")
+
+
+class Control:
+    """CONDITIONING with a ControlNet."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    def run(self, conditioning):
+        return ([[cond, options | {"control": _Control()}] for cond, options in conditioning],)
+
+
+class _Control(comfy.controlnet.ControlBase):
+    def get_control(self, *args, **kwargs):
+        return {"input": [torch.zeros(1)], "middle": [], "output": []}
+
+
+class Widen:
+    """CONDITIONING of another width."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"conditioning": ("CONDITIONING",)}}
+
+    def run(self, conditioning):
+        return ([[torch.cat((cond, cond), dim=-1), options] for cond, options in conditioning],)
+
+
+class CancelLoading:
+    """Hands a value on; the next reading of weights is interrupted at its first progress report."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY,), "nonce": ("STRING",)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, value, nonce):
+        original = comfy.utils.PROGRESS_BAR_HOOK
+
+        def hook(*args, **kwargs):
+            comfy.utils.set_progress_bar_global_hook(original)
+            comfy_nodes.interrupt_processing(True)
+            return original(*args, **kwargs)
+
+        comfy.utils.set_progress_bar_global_hook(hook)
+        return (value,)
+
+
+NODE_CLASS_MAPPINGS = {
+    "ProbePass": Pass,
+    "ProbeNumber": Number,
+    "ProbeText": Text,
+    "ProbePicture": Picture,
+    "ProbeDamage": Damage,
+    "ProbePatch": Patch,
+    "ProbeControl": Control,
+    "ProbeWiden": Widen,
+    "ProbeCancelLoading": CancelLoading,
+}

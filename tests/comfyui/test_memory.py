@@ -1,0 +1,160 @@
+"""How the pack's weights live in a real ComfyUI: counted, kept, freed, read again."""
+
+import time
+
+import numpy as np
+import pytest
+from array_client import ArrayClient
+from edits import between, changed, edited, look, picture, reads, run_fresh, small_edit
+from graphs import node
+from safetensors.torch import save_file
+from test_faults import switch_inputs
+from test_lora import lora_state
+
+pytestmark = pytest.mark.server
+LORAS = ("memory 1.safetensors", "memory 2.safetensors")
+
+
+@pytest.fixture
+def graph(client):
+    return small_edit(client)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def lora_files(models):
+    for seed, name in enumerate(LORAS):
+        save_file(lora_state(seed), models / "loras" / name)
+
+
+def with_lora(graph, name: str, strength: float = 1.0):
+    return between(graph, ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs(name, strength))
+
+
+def free(client, models: bool = True, cache: bool = True) -> dict:
+    """`/free`, then what is held once it has been carried out (at most 20 s later)."""
+    client.post("/free", {"unload_models": models, "free_memory": cache})
+    return wait_for(client, lambda seen: not any(k.startswith("QwenEdit") for k in seen["loaded"]))
+
+
+def wait_for(client, happened) -> dict:
+    end = time.monotonic() + 20
+    while not happened(seen := look(client)):
+        assert time.monotonic() < end, seen
+        time.sleep(0.1)
+    return seen
+
+
+def free_all(client) -> dict:
+    """`/free` until the graph cache is gone too: ComfyUI's worker can sleep through the second of its two flags."""
+
+    def nothing_left(seen):
+        if seen["shells"]:
+            client.free()
+            time.sleep(0.5)
+        return not seen["shells"]
+
+    return wait_for(client, nothing_left)
+
+
+def weights_held(seen: dict) -> bool:
+    return any(not empty for shells in seen["shells"].values() for empty in shells)
+
+
+def test_models_and_loras_are_in_comfyuis_accounting(client, server, graph):
+    edited(client, with_lora(graph, LORAS[0]))
+    assert {"QwenEditModel", "FolderTextModel", "ResidentLora"} <= set(look(client)["loaded"])
+    assert "Requested to load QwenEditModel" in server.log.read_text(errors="replace")
+
+
+def test_free_drops_everything_and_the_next_edit_reads_again(client, server, graph):
+    before = edited(client, graph)
+    with_one = edited(client, with_lora(graph, LORAS[0]))
+    off = edited(client, with_lora(graph, LORAS[1], strength=0.0))  # resident, but in no forward
+    assert np.array_equal(off, before)
+    count = reads(server)
+    seen = free_all(client)
+    assert (seen["owned"], seen["loras"]) == (0, 0)
+    assert np.array_equal(edited(client, graph), before)
+    assert reads(server) == count + 1
+    assert np.array_equal(edited(client, with_lora(graph, LORAS[0])), with_one)
+    assert reads(server) == count + 1
+
+
+def test_free_with_a_cached_graph_leaves_empty_shells_that_fill_again(client, server, graph):
+    """Only unload_models: the graph cache still holds MODEL and CLIP, without their weights."""
+    graph = with_lora(graph, LORAS[0])
+    before = edited(client, graph)
+    count = reads(server)
+    seen = free(client, cache=False)
+    assert seen["shells"]["QwenEditModel"]
+    assert not weights_held(seen), seen
+    assert np.array_equal(edited(client, graph), before)
+    assert reads(server) == count + 1
+
+
+def test_free_twice_and_right_before_a_prompt(client, graph):
+    before = edited(client, graph)
+    for _ in range(3):
+        for cache in (True, False):
+            client.post("/free", {"unload_models": True, "free_memory": cache})
+            client.post("/free", {"unload_models": True, "free_memory": cache})
+            assert np.array_equal(edited(client, graph), before)
+    free_all(client)
+    free(client)  # nothing is there to be freed
+    assert np.array_equal(edited(client, graph), before)
+
+
+def test_free_while_a_prompt_runs_waits_for_it(client, graph):
+    before = edited(client, graph)
+    prompt_id = client.queue(changed(graph, "sampler", steps=30, seed=8))
+    client.free()
+    assert client.wait(prompt_id, timeout_s=120).images()
+    assert np.array_equal(edited(client, graph), before)
+
+
+def test_another_clients_prompt_in_between_reads_nothing_from_disk(client, server, graph):
+    before = edited(client, graph)
+    count = reads(server)
+    with ArrayClient(server.url) as other:
+        name = other.upload_array(picture(9, 40, 40))
+        scale = node("ImageScale", image=["1", 0], upscale_method="lanczos", width=50, height=50, crop="disabled")
+        save = node("SaveImage", images=["2", 0], filename_prefix="other")
+        other.run({"1": node("LoadImage", image=name), "2": scale, "3": save}, timeout_s=60)
+        edited(other, small_edit(other, picture(4), prompt="mirror it"))
+    assert np.array_equal(edited(client, graph), before)
+    assert reads(server) == count
+
+
+@pytest.mark.parametrize("offload", ["none", "text encoder", "stream"])
+def test_every_offload_gives_the_same_picture(client, graph, offload):
+    before = edited(client, graph)
+    lora = edited(client, with_lora(graph, LORAS[0]))
+    other = changed(graph, "loader", offload=offload)
+    assert np.array_equal(edited(client, other), before)
+    assert np.array_equal(edited(client, with_lora(other, LORAS[0])), lora)
+    # a cached MODEL whose weights are gone
+    free(client, cache=False)
+    assert np.array_equal(edited(client, other), before)
+
+
+def test_the_text_encoder_leaves_after_encoding_when_asked(client, graph):
+    free(client)
+    edited(client, changed(graph, "loader", offload="text encoder"))
+    assert "FolderTextModel" not in look(client)["loaded"]
+    edited(client, graph)
+    assert "FolderTextModel" in look(client)["loaded"]
+
+
+def test_resident_memory_levels_off(client, graph):
+    """Forty edits with alternating LoRAs and seeds: after the first ones nothing grows."""
+    measured = []
+    for index in range(40):
+        one = with_lora(changed(graph, "sampler", seed=index), LORAS[index % 2])
+        run_fresh(client, one)
+        if index in (14, 39):
+            measured.append(look(client))
+    first, last = measured
+    assert last["rss"] - first["rss"] < 40 * 2**20  # the demo model alone has 28 MiB of weights
+    assert last["threads"] <= first["threads"] + 2
+    assert last["loras"] == first["loras"]
+    assert {k: len(v) for k, v in last["shells"].items()} == {k: len(v) for k, v in first["shells"].items()}

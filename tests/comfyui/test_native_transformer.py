@@ -1,0 +1,83 @@
+"""Our transformer under ComfyUI's calling convention against ComfyUI's own: same random weights, same inputs."""
+
+import json
+
+import pytest
+from comfy_process import run_in_comfyui
+
+pytestmark = pytest.mark.server
+
+TOLERANCE = 1e-5
+GRIDS = {
+    "even": [(8, 12)],
+    "odd tokens": [(10, 14)],
+    "odd latents": [(9, 13)],
+    "one reference": [(8, 12), (8, 12)],
+    "two references": [(8, 12), (8, 12), (12, 8)],
+    "odd reference": [(10, 14), (9, 7)],
+    "larger references": [(8, 8), (20, 16), (14, 30)],
+}
+
+CODE = """
+import json
+import comfy.ops
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from pack.nodes.host.model import HostTransformer
+from pack.qwen_edit.attention import resolve
+
+torch.manual_seed(0)
+shape = dict(num_layers=3, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=48)
+ours = HostTransformer(**shape, axes_dims_rope=(8, 12, 12), zero_cond_t=True).eval()
+for parameter in ours.parameters():
+    torch.nn.init.normal_(parameter, std=0.2)
+ours.attention = resolve("pytorch", torch.device("cpu"), torch.float32, 32)
+native = QwenImageTransformer2DModel(
+    **shape, axes_dims_rope=(8, 12, 12), default_ref_method="index_timestep_zero", dtype=torch.float32, operations=comfy.ops.disable_weight_init
+).eval()
+names = native.load_state_dict(ours.state_dict(), strict=False)
+assert not names.unexpected_keys and names.missing_keys in ([], ["__index_timestep_zero__"]), names
+
+
+def run(model, grids, batch, method, mask):
+    g = torch.Generator().manual_seed(1)
+    x, *references = [torch.randn(batch, 16, 1, h, w, generator=g) for h, w in grids]
+    timestep, text = torch.rand(batch, generator=g), torch.randn(batch, 9, 48, generator=g)
+    options = {} if method is None else dict(ref_latents_method=method)
+    if mask:
+        options["attention_mask"] = torch.tensor([[1] * 6 + [0] * 3] * batch)
+    if mask == "additive":
+        options["attention_mask"] = (options["attention_mask"] - 1) * torch.finfo(torch.float32).max
+    return model(x, timestep, text, ref_latents=references or None, transformer_options={}, **options)
+
+
+with torch.inference_mode():
+    result = {}
+    for name, grids in json.loads(GRIDS).items():
+        for method in (None, "index", "index_timestep_zero"):
+            for batch, mask in ((1, False), (2, False), (2, True), (2, "additive")):
+                theirs, mine = (run(model, grids, batch, method, mask) for model in (native, ours))
+                assert theirs.shape == mine.shape
+                scale = theirs.abs().max().item()
+                result[f"{name}, {method}, batch {batch}, mask {mask}"] = (theirs - mine).abs().max().item() / scale
+    one = run(ours, [(8, 12), (8, 12)], 1, "index", False)
+    other = run(ours, [(8, 12), (8, 12)], 1, "index_timestep_zero", False)
+    moved = (one - other).abs().max().item() / one.abs().max().item()
+print("RESULT", json.dumps([result, moved]))
+"""
+
+
+@pytest.fixture(scope="module")
+def differences(host):
+    printed = run_in_comfyui(host, f"GRIDS = {json.dumps(json.dumps(GRIDS))}\n{CODE}")
+    return json.loads(printed.split("RESULT", 1)[1])
+
+
+@pytest.mark.parametrize("grids", GRIDS)
+def test_forward_equals_the_native_one(differences, grids):
+    compared = {name: error for name, error in differences[0].items() if name.startswith(f"{grids},")}
+    assert len(compared) == 12
+    assert max(compared.values()) < TOLERANCE, compared
+
+
+def test_the_reference_methods_differ(differences):
+    assert differences[1] > 100 * TOLERANCE
