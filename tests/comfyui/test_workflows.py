@@ -101,7 +101,7 @@ def test_two_references(edits: Edits):
 
 @pytest.mark.parametrize(
     ("index", "name", "operation"),
-    [(0, "astronaut", instructions.invert), (1, "cat", instructions.sepia), (2, "rocket", instructions.mirror)],
+    [(0, "astronaut", instructions.invert), (1, "cat", instructions.sepia), (2, "rocket", instructions.tint_green)],
 )
 def test_each_picture_of_a_list_gets_its_prompt(edits: Edits, index: int, name: str, operation):
     check_exact(edits("list_of_pictures")[index], picture(name), operation(picture(name)))
