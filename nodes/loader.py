@@ -40,8 +40,8 @@ class QwenEditLoader(io.ComfyNode):
                     "profile",
                     options=list(PROFILES),
                     default="auto",
-                    tooltip="quality: never a precision below bf16. auto: what this machine runs best; in this version the"
-                    " same. Profiles for 8 and 4 bit come with the kernels that make them fast.",
+                    tooltip="What the advanced choices at auto mean. In this version both are bf16 on a GPU and fp32 on the CPU;"
+                    " profiles for 8 and 4 bit come with the kernels that make them fast.",
                 ),
                 io.Combo.Input(
                     "precision",
@@ -63,7 +63,7 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(OFFLOAD),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as ComfyUI's memory manager decides. none: stay on the card. text encoder: it leaves the"
+                    tooltip="auto: as ComfyUI's memory manager decides; a transformer too large for the card is streamed. none: stay on the card. text encoder: it leaves the"
                     " card after encoding. stream: the transformer's blocks come from RAM one by one, slow but small.",
                 ),
                 io.Combo.Input(

@@ -28,10 +28,7 @@ class KernelChoice:
     name: str
     why: str
     attend: Attend
-
-    @property
-    def fell_back(self) -> bool:
-        return self.wanted not in ("auto", self.name)
+    fell_back: bool = False
 
 
 def _pytorch(q, k, v, mask=None):
@@ -79,8 +76,8 @@ def resolve(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int
     """The implementation to run for ``wanted`` (one of ``CHOICES``) on ``device``.
 
     ``auto`` is a table, never a measurement, so that equal machines choose equally and the same seed gives
-    the same picture: cuDNN on Hopper and newer (568 against 321 TFLOP/s of PyTorch's flash kernel at this
-    model's shapes on an H100), PyTorch's choice elsewhere.
+    the same picture: cuDNN on Hopper and newer, PyTorch's choice elsewhere. On an H100 with torch 2.11 the two are
+    equally fast (``benchmarks/results/forward_h100.json``); naming cuDNN keeps older torch off its slower kernel.
 
     Raises:
         ValueError: ``wanted`` is not one of ``CHOICES``.
@@ -93,7 +90,7 @@ def resolve(wanted: str, device: torch.device, dtype: torch.dtype, head_dim: int
         return KernelChoice(
             wanted, name, "chosen for this card" if wanted == "auto" else "as asked", _IMPLEMENTATIONS[name]
         )
-    return KernelChoice(wanted, "pytorch", f"{name} does not run here: {problem}", _pytorch)
+    return KernelChoice(wanted, "pytorch", f"{name} does not run here: {problem}", _pytorch, fell_back=True)
 
 
 def _automatic(device: torch.device, dtype: torch.dtype) -> str:
@@ -113,6 +110,8 @@ def _probe(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -
     try:
         out = _IMPLEMENTATIONS[name](x, x, x, None)
         error = (out.float() - _pytorch(x, x, x).float()).abs().max().item()
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
     except Exception as e:  # any failure of a foreign kernel means the same here; its reason is shown
         return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no message'}"
     # 8-bit attention (sage) stays within a few hundredths on unit-normal inputs.

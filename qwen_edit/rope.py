@@ -21,7 +21,7 @@ Grid = tuple[int, int]  # rows, columns of tokens (a token is 2x2 latents, 16x16
 THETA = 10000.0
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)  # 4 MiB each at 1024² with one reference
 def rope_table(
     grids: tuple[Grid, ...],
     text_length: int,

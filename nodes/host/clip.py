@@ -57,10 +57,22 @@ class FolderTextModel(torch.nn.Module):
     def fill(self, device: torch.device) -> None:
         from transformers import Qwen2_5_VLForConditionalGeneration
 
-        self.transformer = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            self.folder / "text_encoder", dtype=self.dtype, local_files_only=True
-        ).eval()
-        self.transformer.requires_grad_(False)
+        loaded: Any = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            self.folder / "text_encoder",
+            dtype=self.dtype,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        transformer, report = loaded
+        # The language head is not run, and is tied to the embedding in small models.
+        missing = sorted(name for name in report["missing_keys"] if not name.startswith("lm_head"))
+        if missing:
+            raise ValueError(
+                f"{WEIGHTS} {self.folder.name}/text_encoder: {len(missing)} tensors are missing ({', '.join(missing[:5])})."
+                " Download the folder again."
+            )
+        self.transformer = transformer.eval().requires_grad_(False)
 
     def empty(self) -> None:
         self.transformer = None

@@ -27,6 +27,8 @@ from .model import make_model
 from .request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
 from .vae import load_vae, statistics
 
+ROOM_FOR_ACTIVATIONS = 3 * 2**30  # bytes; 1024² with two references and guidance stays below
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -39,7 +41,7 @@ class Loaded:
 
     @property
     def nbytes(self) -> int:
-        return sum(p.model_size() for p in (self.model, self.clip.patcher, self.vae.patcher))
+        return weights_size(self.model) + sum(p.model_size() for p in (self.clip.patcher, self.vae.patcher))
 
     @property
     def shells(self) -> list[ShellPatcher]:
@@ -103,19 +105,39 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
     device = comfy.model_management.get_torch_device()
     dtype = PRECISIONS[request.precision] or _automatic_dtype(device)
     attention = resolve(request.attention, device, dtype, int(source.config.get("attention_head_dim", 128)))
-    model = make_model(  # first, because it takes no memory yet and tells whether the files fit
-        source,
-        dtype,
-        statistics(vae_path) if vae_path.is_dir() else None,
-        attention,
-        stream=request.offload == "stream",
-        keep_on_card=request.offload == "none",
-    )
+    # The model first, because it takes no memory yet and tells whether the files fit.
+    latents = statistics(vae_path) if vae_path.is_dir() else None
+    model = make_model(source, dtype, latents, attention, keep_on_card=request.offload == "none")
+    too_large = request.offload == "auto" and _too_large(model, device)
+    if too_large or request.offload == "stream":
+        model = make_model(source, dtype, latents, attention, stream=True)
     clip = load_clip(encoder, keep_on_card=request.offload == "none") if encoder.is_dir() else _single_clip(encoder)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
-    return Loaded(model, clip, vae, tuple(_notes(source, dtype, attention, model)))
+    notes = _notes(source, dtype, attention, model)
+    if too_large:
+        notes.append(
+            f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
+            " card, so its blocks are streamed from RAM one by one. That is slow."
+        )
+    return Loaded(model, clip, vae, tuple(notes))
+
+
+def _too_large(model: ShellPatcher, device: torch.device) -> bool:
+    if comfy.model_management.is_device_cpu(device):
+        return False
+    needed = weights_size(model) + ROOM_FOR_ACTIVATIONS
+    return needed > comfy.model_management.get_total_memory(device)
+
+
+def weights_size(model: ShellPatcher) -> int:
+    """Bytes of all weights, wherever they are; a streaming patcher's own model_size counts what the card sees."""
+    return comfy.model_management.module_size(model.model.diffusion_model)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def _automatic_dtype(device: torch.device) -> torch.dtype:
@@ -153,7 +175,7 @@ def _header_of(path: Path, key: str, shape: list[int] | None, what: str) -> None
 def _notes(source: TransformerSource, dtype: torch.dtype, attention, model: ShellPatcher) -> list[str]:
     version = "2511" if source.config.get("zero_cond_t") else "2509"
     notes = [
-        f"{source.label} ({version}), {str(dtype).removeprefix('torch.')}, {model.model_size() / 2**30:.2f} GiB,"
+        f"{source.label} ({version}), {str(dtype).removeprefix('torch.')}, {weights_size(model) / 2**30:.2f} GiB,"
         f" attention {attention.name}"
     ]
     if attention.fell_back:

@@ -15,11 +15,12 @@ from typing import Any, Generic, Protocol, TypeVar
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
-from comfy_execution.utils import get_executing_context
+from server import PromptServer
 
 from ...qwen_edit.perf import stage
 
 EVERYTHING = 1e32
+SHARE_OF_RAM = 0.75  # what all kept models may take together
 
 
 class Shell(Protocol):
@@ -67,8 +68,9 @@ class ShellPatcher(ModelPatcher):
         super().unpatch_model(device_to if leaving else None, unpatch_weights)
 
     def detach(self, unpatch_all=True):
-        # /free arrives while no prompt executes; then the memory is wanted back, not a copy in RAM.
-        if unpatch_all and get_executing_context() is None and not self.model.is_empty:
+        self._stay = False  # a load that failed half-way is detached from inside partially_load
+        # /free arrives while no prompt runs; then the memory is wanted back, not a copy in RAM.
+        if unpatch_all and not PromptServer.instance.prompt_queue.currently_running and not self.model.is_empty:
             self.release()
             for owner in OWNERS:
                 owner.forget_all()
@@ -111,10 +113,13 @@ class Owner(Generic[T]):
             thing = make()
             self._kept[key] = (thing, size(thing))
         self._kept.move_to_end(key)
-        bound = comfy.model_management.total_ram * 1024 * 1024
+        bound = comfy.model_management.total_ram * 1024 * 1024 * SHARE_OF_RAM
         while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
             _, (dropped, _) = self._kept.popitem(last=False)
             logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
+            for shell in self._shells(dropped):  # its room is wanted now; a graph that still holds it reads it again
+                if not shell.model.is_empty:
+                    shell.release()
             self._idle.append(dropped)
         return thing, found
 

@@ -15,10 +15,11 @@ from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.rope import Positions
+from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import QwenEditTransformer, denoise
 from .lora import active_adapters
 from .memory import ShellPatcher
-from .streaming import BlockStream, StreamingPatcher
+from .streaming import StreamingPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
 REFERENCE_METHODS = ("index", "index_timestep_zero")
@@ -229,13 +230,12 @@ def make_model(
         stream: the blocks stay in RAM between their turns.
         keep_on_card: what ComfyUI unloads stays on the card, as with its --highvram.
     """
-    patcher = StreamingPatcher if stream else ShellPatcher
+    model = QwenEditModel(source, dtype, latent_format(statistics), attention, stream)
     card = comfy.model_management.get_torch_device()
-    return patcher(
-        QwenEditModel(source, dtype, latent_format(statistics), attention, stream),
-        load_device=card,
-        offload_device=card if keep_on_card else comfy.model_management.unet_offload_device(),
-    )
+    if stream:  # the CPU, whatever ComfyUI's --highvram says
+        return StreamingPatcher(model, load_device=card, offload_device=torch.device("cpu"))
+    away = card if keep_on_card else comfy.model_management.unet_offload_device()
+    return ShellPatcher(model, load_device=card, offload_device=away)
 
 
 def with_positions(model, positions: Positions):

@@ -10,9 +10,9 @@ from comfy_server import ComfyServer
 from graphs import edit_graph, loader, node
 from PIL import Image
 from safetensors.torch import load_file
-from training.pipeline import load_reference_pipeline, reference_area
 
 from qwen_edit.recipes import PRESETS
+from training.pipeline import load_reference_pipeline, reference_area
 
 DEMO = Path(__file__).parents[2] / "demo_model"
 SEED = 11
