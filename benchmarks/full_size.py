@@ -26,15 +26,12 @@ from array_client import ArrayClient
 from comfy_host import Host
 from comfy_server import ComfyServer
 from environment import environment, keep
+from graphs import node
 
 from qwen_edit.perf import read_records, stage_table
 
 PACK, NATIVE = "qwen edit fast", "comfyui native"
 PRESETS = {"standard": (40, 4.0), "Lightning 4": (4, 1.0)}
-
-
-def node(class_type: str, **inputs: Any) -> dict[str, Any]:
-    return {"class_type": class_type, "inputs": inputs}
 
 
 def picture(number: int, side: int) -> np.ndarray:

@@ -128,7 +128,7 @@ def target_by_longest_side(width: int, height: int, side: float = 1024) -> tuple
     if not (math.isfinite(side) and MULTIPLE <= side <= MAX_SIDE):
         raise ValueError(f"[QE_INPUT] longest_side: got {side}, expected {MULTIPLE} to {MAX_SIDE} px.")
     scale = side / max(width, height)
-    return _multiple(width * scale), _multiple(height * scale)
+    return nearest_multiple(width * scale), nearest_multiple(height * scale)
 
 
 def plan(width: int, height: int, target: tuple[int, int], fit: str = "pad") -> Geometry:
@@ -310,7 +310,8 @@ def _source(geometry: Geometry, batch: int) -> torch.Tensor:
     return source if source.shape[0] == batch else source.repeat(batch // source.shape[0], 1, 1, 1)
 
 
-def _multiple(side: float) -> int:
+def nearest_multiple(side: float) -> int:
+    """The multiple of 32 nearest to a side in px, at least 32."""
     return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
 
 

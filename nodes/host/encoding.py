@@ -11,9 +11,9 @@ import torch
 
 from ...qwen_edit import pictures as pic
 from ...qwen_edit.errors import INPUT
-from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions
+from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
 from ...qwen_edit.resample import to_rgb
-from ...qwen_edit.text_encoder import EDIT_TEMPLATE, TEXT_TEMPLATE, as_plain_text, with_pictures
+from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
 from .clip import leave_card
 
 __all__ = [
@@ -109,8 +109,7 @@ def encode_edit(clip, vae, edit: Edit) -> tuple[list, list, dict, list[str]]:
     for text in (edit.prompt, edit.negative):
         plain, said = as_plain_text(text)
         notes += said
-        template = EDIT_TEMPLATE if vision else TEXT_TEMPLATE
-        tokens = clip.tokenize(with_pictures(plain, len(vision)), images=vision, llama_template=template)
+        tokens = clip.tokenize(with_pictures(plain, len(vision)), images=vision, llama_template=EDIT_TEMPLATE)
         encoded = clip.encode_from_tokens_scheduled(tokens)
         conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
     samples = torch.zeros([1, 16, 1, height // 8, width // 8], device=comfy.model_management.intermediate_device())
@@ -143,7 +142,7 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
         )
         wanted_width, wanted_height = wanted_width * scale, wanted_height * scale
         width = height = 0
-    return width or _multiple(wanted_width), height or _multiple(wanted_height), notes
+    return width or nearest_multiple(wanted_width), height or nearest_multiple(wanted_height), notes
 
 
 def reference_size(rule: str, number: int, ratio: float, width: int, height: int) -> tuple[int, int]:
@@ -155,10 +154,6 @@ def reference_size(rule: str, number: int, ratio: float, width: int, height: int
     if number == 0 and abs(math.log(ratio * height / width)) < max(SAME_ASPECT, MULTIPLE / min(width, height)):
         return width, height
     return _at_least_one(calculate_dimensions(width * height, ratio))
-
-
-def _multiple(side: float) -> int:
-    return max(MULTIPLE, round(side / MULTIPLE) * MULTIPLE)
 
 
 def _at_least_one(size: tuple[int, int]) -> tuple[int, int]:

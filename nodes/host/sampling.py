@@ -26,7 +26,10 @@ def apply_recipe(model, latent: dict, recipe: Recipe):
         ValueError: the MODEL is of another family or the LATENT of another shape.
     """
     require_ours(model)
-    latent = native_latent(model, latent)
+    return _prepare(model, native_latent(model, latent), recipe)
+
+
+def _prepare(model, latent: dict, recipe: Recipe):
     clone = with_positions(model, recipe.positions)
     if recipe.cfg_rescale == "norm":
         clone.set_model_sampler_cfg_function(_rescaled_cfg)
@@ -51,7 +54,7 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     """
     require_ours(model)
     latent = native_latent(model, latent)
-    prepared, sigmas = apply_recipe(model, latent, recipe)
+    prepared, sigmas = _prepare(model, latent, recipe)
     samples = latent["samples"]
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     result = comfy.sample.sample_custom(
