@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import WEIGHTS
+from .quantize import in_its_form
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -270,7 +271,8 @@ def fill(
     device: torch.device,
     progress: Progress | None = None,
 ) -> None:
-    """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``.
+    """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``, and there into the
+    form of their modules (see ``quantize``), one tensor after the other.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
@@ -287,8 +289,9 @@ def fill(
             for name, stored in entries:
                 tensor = file.get_tensor(stored)
                 _check_shape(source.label, name, tensor.shape, expected[name].shape)
-                state[name] = tensor.to(dtype)
-                done += state[name].nbytes
+                module, _, parameter = name.rpartition(".")
+                state[name] = in_its_form(model.get_submodule(module), parameter, tensor.to(dtype))
+                done += tensor.numel() * dtype.itemsize
                 if progress is not None:
                     progress(done, total)
     model.load_state_dict(state, strict=True, assign=True)

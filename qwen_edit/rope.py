@@ -28,8 +28,8 @@ def rope_table(
     axes_dims: tuple[int, int, int],
     positions: Positions,
     device: torch.device,
-) -> torch.Tensor:
-    """Every token's rotation as complex numbers of length one, text tokens first, complex64.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every token's rotation angles, float32.
 
     Args:
         grids: token grids of the output and of each reference, in that order.
@@ -37,7 +37,7 @@ def rope_table(
         axes_dims: head channels that frame, row and column rotate (16, 56, 56 in the released model).
 
     Returns:
-        ``[text + image tokens, 1, sum(axes_dims) // 2]``.
+        Of the text and of the image tokens, each ``[2, tokens, sum(axes_dims) // 2]``.
     """
     # Inference tensors must not outlive the mode in a cache that training or plain Python may read.
     with torch.inference_mode(False):
@@ -54,8 +54,8 @@ def rope_table(
                 torch.outer(column, frequencies[2])[None, :, :],
             )
             angles.append(torch.cat([a.expand(rows, columns, -1) for a in along], dim=-1).flatten(0, 1))
-        angle = torch.cat(angles).unsqueeze(1)
-        return torch.polar(torch.ones_like(angle), angle).to(device)
+        text_angles, image_angles = angles[0], torch.cat(angles[1:])
+        return tuple(torch.stack([a.cos(), a.sin()]).to(device) for a in (text_angles, image_angles))
 
 
 def _half(size: int, positions: Positions) -> int:
@@ -65,9 +65,3 @@ def _half(size: int, positions: Positions) -> int:
 def _first_text_position(grids: tuple[Grid, ...], positions: Positions) -> int:
     counted = grids if positions == "diffusers" else grids[:1]
     return max(max(rows // 2, columns // 2) for rows, columns in counted)
-
-
-def rotate(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Rotate neighbouring channel pairs of ``x`` ``[B, L, heads, D]`` in float32; returns x's dtype."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * table).flatten(-2).to(x.dtype)

@@ -1,206 +1,270 @@
 """The forward of Qwen-Image-Edit's transformer over weights with diffusers' names.
 
 ``denoise`` is the whole model on one page. Tokens lie in this order: text in its own stream; output, then
-references, in the image stream. What depends only on the timestep (modulation) and only on the geometry
-(rotary tables) is computed outside the block loop. With ``zero_cond_t`` (2511) reference tokens are modulated
-as at t = 0, output tokens at t: two slices, because references always follow.
+references, in the image stream; in attention text first. What depends only on the timestep (modulation) and only on
+the geometry (rotary tables) is computed outside the block loop. With ``zero_cond_t`` (2511) reference tokens are
+modulated as at t = 0, output tokens at t.
+
+Each residual update is left pending until the next normalization reads the stream anyway, and the normalization
+writes its result in the form that the next linears multiply with (see ``kernels`` and ``linear``).
 
 The reference for every line is diffusers ``models/transformers/transformer_qwenimage.py``; the tests compare
-with it and with ComfyUI's own transformer.
+with it and with ComfyUI's own transformer. The same function runs over ComfyUI's own modules, which have the same
+names.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
-from torch import nn
 
 from .attention import Attend, KernelChoice, resolve
-from .rope import Grid, Positions, rope_table, rotate
+from .kernels import REFERENCE, FusedKernels, Modulation, Update, resolve_kernels
+from .linear import (
+    RESIDENT,
+    Adapters,
+    LowRank,
+    Operand,
+    WeightReader,
+    low_rank,
+    multiply,
+    multiply_gelu,
+    operand,
+    packed,
+)
+from .modulation import ModulationCache, ModulationTable, compute_table
+from .rope import Grid, Positions, rope_table
+
+__all__ = ["Forward", "LowRank", "QwenEditTransformer", "denoise"]
+
+IMAGE, TEXT = 0, 1
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """An adapter on one linear: adds ``scale * (x A^T) B^T``. ``a`` is ``[r, in]``, ``b`` ``[out, r]``."""
+class Forward:
+    """How a forward runs: what it is told besides its inputs.
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
+    Attributes:
+        attend: the attention implementation, see ``attention.py``.
+        kernels: the fused operations, see ``kernels``.
+        weights: where weights are read from.
+        adapters: active LoRAs.
+        positions: whose token positions, see ``rope.py``.
+        before_block: called with each block's index before it runs (weight streaming, cancel).
+    """
 
+    attend: Attend
+    kernels: FusedKernels = REFERENCE
+    weights: WeightReader = RESIDENT
+    adapters: Adapters = field(default_factory=dict)
+    positions: Positions = "diffusers"
+    before_block: Callable[[int], None] | None = None
 
-# Active adapters by the linear that they add to.
-Adapters = Mapping[nn.Module, Sequence[LowRank]]
-NO_ADAPTERS: Adapters = {}
+    def operands(self, *modules) -> list[Operand]:
+        """The linears over one input: one operand where their weights lie side by side."""
+        operands = [operand(self.weights, m) for m in modules]
+        joined = packed(operands) if len(operands) > 1 else None
+        return operands if joined is None else [joined]
 
+    def prologue(self, operands: Sequence[Operand]) -> dict[str, object]:
+        """What the operation before these linears has to produce for them."""
+        wanted = {o.prologue for o in operands}
+        quantize = next((p for p in wanted if p is not None), None)
+        full = len(wanted) > 1 or any(m in self.adapters for o in operands for m in o.modules)
+        return {"quantize": quantize, "keep": quantize is not None and full}
 
-def linear(module: nn.Module, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-    y = module(x)
-    for adapter in adapters.get(module, ()):
-        y = y + F.linear(F.linear(x, adapter.a), adapter.b) * adapter.scale
-    return y
-
-
-@dataclass(frozen=True)
-class Modulation:
-    """Shift, scale and gate of one half of a block, each ``[B, 1, C]``."""
-
-    shift: torch.Tensor
-    scale: torch.Tensor
-    gate: torch.Tensor
-
-
-class TokenModulation:
-    """Applies one ``Modulation`` to the first ``split`` tokens and another to the rest."""
-
-    def __init__(self, head: Modulation, tail: Modulation | None, split: int):
-        self.head, self.tail, self.split = head, tail, split
-
-    def modulate(self, x: torch.Tensor) -> torch.Tensor:
-        """``x * (1 + scale) + shift``, into a new tensor."""
-        y = torch.empty_like(x)
-        for part, out, mod in self._parts(x, y):
-            torch.addcmul(mod.shift, part, 1 + mod.scale, out=out)
-        return y
-
-    def add_gated(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        """``x += gate * y`` in place: x is the residual stream and nothing else holds it."""
-        for part, update, mod in self._parts(x, y):
-            part.addcmul_(mod.gate, update)
-
-    def _parts(self, x: torch.Tensor, y: torch.Tensor):
-        if self.tail is None:
-            return [(x, y, self.head)]
-        split = self.split
-        return [(x[:, :split], y[:, :split], self.head), (x[:, split:], y[:, split:], self.tail)]
+    def plain(self, module, x: torch.Tensor) -> torch.Tensor:
+        """A linear outside the blocks, ``[..., in]`` -> ``[..., out]``."""
+        y = module(x)
+        return low_rank(y.flatten(0, -2), x.flatten(0, -2), self.adapters.get(module, ())).view(y.shape)
 
 
-def _modulations(module, temb: torch.Tensor, batch: int, split: int, adapters: Adapters):
-    """The two halves (attention, MLP) of a block's modulation. temb ``[B or 2B, C]``: t, then t = 0."""
-    activation, projection = module[0], module[1]
-    halves = linear(projection, activation(temb), adapters).chunk(2, dim=-1)
-    result = []
-    for half in halves:
-        parts = [p.unsqueeze(1) for p in half.chunk(3, dim=-1)]
-        head = Modulation(*(p[:batch] for p in parts))
-        tail = Modulation(*(p[batch:] for p in parts)) if temb.shape[0] > batch else None
-        result.append(TokenModulation(head, tail, split))
-    return result
+@dataclass
+class Stream:
+    """One stream's residual ``[B, L, C]`` and the update that is still to be added to it."""
+
+    x: torch.Tensor
+    update: Update | None = None
+
+    def normalized(self, forward: Forward, norm, modulation: Modulation, **prologue):
+        rows = forward.kernels.norm_modulate(self.x, modulation, self.update, eps=norm.eps, **prologue)
+        self.update = None
+        return rows
+
+    def add(self, rows: torch.Tensor, modulation: Modulation) -> None:
+        """Leave ``gate * rows`` pending; rows ``[B * L, C]``."""
+        self.update = Update(rows.view(self.x.shape), modulation)
 
 
-def _mlp(module, x: torch.Tensor, adapters: Adapters) -> torch.Tensor:
-    up, down = module.net[0].proj, module.net[2]
-    return linear(down, F.gelu(linear(up, x, adapters), approximate="tanh"), adapters)
+def _project(forward: Forward, stream: Stream, norm, modulation, linears, norms, rope, out) -> None:
+    """A stream's queries, keys and values into its part ``[B, L, 3, H, D]`` of the joint buffer."""
+    operands = forward.operands(*linears)
+    rows = stream.normalized(forward, norm, modulation, **forward.prologue(operands))
+    batch, tokens, _, heads, dim = out.shape
+    dtype = out.dtype
+    if len(operands) == 1:
+        # one item's part of the buffer is contiguous, so the product writes there and the rest happens in place
+        target = out.view(tokens, -1) if batch == 1 else None
+        qkv = multiply(operands[0], rows, dtype, forward.adapters, target).view(batch, tokens, 3, heads, dim)
+        q, k, v = qkv.unbind(2)
+    else:
+        each = (multiply(o, rows, dtype, forward.adapters) for o in operands)
+        q, k, v = (y.view(batch, tokens, heads, dim) for y in each)
+    weight_q, weight_k = (forward.weights.read(m)[0] for m in norms)
+    forward.kernels.qk_norm_rope(q, k, v, weight_q, weight_k, rope, out, eps=norms[0].eps)
 
 
-def _norm(module, x: torch.Tensor) -> torch.Tensor:
-    return F.rms_norm(x, x.shape[-1:], module.weight, module.eps)
+def _multiply_one(forward: Forward, module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A linear whose input no kernel of ours has written."""
+    operands = forward.operands(module)
+    rows = forward.kernels.quantize_rows(x, operands[0].prologue, keep=module in forward.adapters)
+    return multiply(operands[0], rows, dtype, forward.adapters)
 
 
-def _joint_attention(attn, image, text, rope, mask, attend: Attend, adapters: Adapters):
-    """Both streams attend to each other: text first, then image. Returns (image, text), each ``[B, L, C]``."""
+def _mlp(forward: Forward, stream: Stream, norm, mlp, modulation: Modulation) -> None:
+    (up,), (down,) = forward.operands(mlp.net[0].proj), forward.operands(mlp.net[2])
+    rows = stream.normalized(forward, norm, modulation, **forward.prologue([up]))
+    dtype = stream.x.dtype
+    hidden = multiply_gelu(up, rows, dtype, forward.adapters, forward.kernels, **forward.prologue([down]))
+    stream.add(multiply(down, hidden, dtype, forward.adapters), modulation)
+
+
+def block_forward(
+    forward: Forward,
+    block,
+    image: Stream,
+    text: Stream,
+    modulations: Callable[[int], tuple[Modulation, Modulation]],
+    rope: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    output_tokens: int | None = None,
+) -> None:
+    """One double-stream block; both streams are changed.
+
+    Args:
+        modulations: of a stream (``IMAGE`` or ``TEXT``), around attention and around the MLP.
+        rope: the rotary tables ``[2, L, D / 2]`` of both streams.
+        output_tokens: in the last block: only these leave it, so nothing else is computed after the keys and values.
+    """
+    attn = block.attn
+    (image_first, image_second), (text_first, text_second) = modulations(IMAGE), modulations(TEXT)
+    batch, text_tokens, channels = text.x.shape
+    tokens = text_tokens + image.x.shape[1]
     heads = attn.heads
+    joint = image.x.new_empty((batch, tokens, 3, heads, channels // heads))
 
-    def project(x, to_q, to_k, to_v, norm_q, norm_k):
-        q, k, v = (linear(m, x, adapters).unflatten(-1, (heads, -1)) for m in (to_q, to_k, to_v))
-        return _norm(norm_q, q), _norm(norm_k, k), v
+    text_linears, text_norms = (
+        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
+        (attn.norm_added_q, attn.norm_added_k),
+    )
+    image_linears, image_norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
+    into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:]
+    _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
+    _project(forward, image, block.img_norm1, image_first, image_linears, image_norms, rope[IMAGE], into_image)
+    q, k, v = joint.unbind(2)
+    if output_tokens is not None:
+        image.x = image.x[:, :output_tokens]
+        out = forward.attend(q[:, text_tokens : text_tokens + output_tokens], k, v, mask).flatten(2)
+        image_out = out
+    else:
+        out = forward.attend(q, k, v, mask).flatten(2)
+        text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
+        text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
+    image.add(_multiply_one(forward, attn.to_out[0], image_out.flatten(0, 1), image.x.dtype), image_first)
 
-    text_qkv = project(text, attn.add_q_proj, attn.add_k_proj, attn.add_v_proj, attn.norm_added_q, attn.norm_added_k)
-    image_qkv = project(image, attn.to_q, attn.to_k, attn.to_v, attn.norm_q, attn.norm_k)
-    q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
-    out = attend(rotate(q, rope), rotate(k, rope), v, mask).flatten(2, 3)
-    text_out, image_out = out[:, : text.shape[1]], out[:, text.shape[1] :]
-    return linear(attn.to_out[0], image_out, adapters), linear(attn.to_add_out, text_out, adapters)
-
-
-def block_forward(block, image, text, temb, split, rope, mask, attend: Attend, adapters: Adapters):
-    """One double-stream block. image ``[B, Li, C]``, text ``[B, Lt, C]``, both updated in place; returns both."""
-    batch = image.shape[0]
-    image_mod1, image_mod2 = _modulations(block.img_mod, temb, batch, split, adapters)
-    text_mod1, text_mod2 = _modulations(block.txt_mod, temb[:batch], batch, 0, adapters)
-
-    image_out, text_out = _joint_attention(
-        block.attn,
-        image_mod1.modulate(block.img_norm1(image)),
-        text_mod1.modulate(block.txt_norm1(text)),
-        rope, mask, attend, adapters,
-    )  # fmt: skip
-    image_mod1.add_gated(image, image_out)
-    text_mod1.add_gated(text, text_out)
-
-    image_mod2.add_gated(image, _mlp(block.img_mlp, image_mod2.modulate(block.img_norm2(image)), adapters))
-    text_mod2.add_gated(text, _mlp(block.txt_mlp, text_mod2.modulate(block.txt_norm2(text)), adapters))
-    if image.dtype == torch.float16:  # as diffusers does: this family overflows in fp16
-        image, text = image.clip(-65504, 65504), text.clip(-65504, 65504)
-    return image, text
+    _mlp(forward, image, block.img_norm2, block.img_mlp, image_second)
+    if output_tokens is None:
+        _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
 
 
 def denoise(
-    model: QwenImageTransformer2DModel,
+    model,
     latents: torch.Tensor,
     timestep: torch.Tensor,
     text: torch.Tensor,
     grids: tuple[Grid, ...],
+    forward: Forward,
     *,
-    attend: Attend,
-    positions: Positions = "diffusers",
+    axes_dims: tuple[int, int, int],
+    zero_cond_t: bool,
     text_mask: torch.Tensor | None = None,
-    zero_cond_t: bool | None = None,
-    adapters: Adapters = NO_ADAPTERS,
-    before_block: Callable[[int], None] | None = None,
+    modulation: ModulationCache | None = None,
+    modulation_key: Hashable = None,
+    schedule: Sequence[float] = (),
 ) -> torch.Tensor:
     """Velocity of the output tokens.
 
     Args:
+        model: diffusers' transformer, or ComfyUI's.
         latents: packed tokens ``[B, L, 64]``, output first, then references.
         timestep: ``[B]`` in [0, 1] (sigma).
         text: encoder hidden states ``[B, Lt, joint_attention_dim]``.
         grids: token grids of output and references; their areas sum to L.
-        attend: the attention implementation, see ``attention.py``.
+        axes_dims: head channels that frame, row and column rotate.
+        zero_cond_t: modulate references as at t = 0.
         text_mask: ``[B, Lt]``, True where a text token counts; None when all do (faster).
-        zero_cond_t: modulate references as at t = 0; None: as the model was trained.
-        adapters: active LoRAs.
-        before_block: called with each block's index before it runs (weight streaming, cancel).
+        modulation: tables of earlier calls, and where this call's is kept; ``modulation_key`` names the weights and
+            adapters they were made with, ``schedule`` the timesteps worth computing together.
 
     Returns:
         ``[B, output tokens, 64]``.
     """
-    config = model.config
     output_tokens = grids[0][0] * grids[0][1]
-    zero_cond_t = config.zero_cond_t if zero_cond_t is None else zero_cond_t
-
-    image = linear(model.img_in, latents, adapters)
-    timestep = timestep.to(image.dtype)
-    if zero_cond_t:
-        timestep = torch.cat([timestep, timestep * 0])
-    temb = model.time_text_embed(timestep, image)
-    text = linear(model.txt_in, model.txt_norm(text), adapters)
-    rope = rope_table(grids, text.shape[1], tuple(config.axes_dims_rope), positions, image.device)
+    image = Stream(forward.plain(model.img_in, latents))
+    encoded = Stream(forward.plain(model.txt_in, model.txt_norm(text)))
+    table = _modulation_table(model, timestep, image.x, forward, modulation, modulation_key, schedule)
+    times = timestep.tolist()
+    rows = table.rows(times, [0.0] * len(times) if zero_cond_t else times)
+    text_rope, image_rope = rope_table(grids, text.shape[1], axes_dims, forward.positions, image.x.device)
     mask = None
     if text_mask is not None:
-        every_image_token = text_mask.new_ones((text_mask.shape[0], image.shape[1]), dtype=torch.bool)
+        every_image_token = text_mask.new_ones((text_mask.shape[0], image.x.shape[1]), dtype=torch.bool)
         mask = torch.cat([text_mask.bool(), every_image_token], dim=1)[:, None, None, :]
 
+    last = len(model.transformer_blocks) - 1
     for index, block in enumerate(model.transformer_blocks):
-        if before_block is not None:
-            before_block(index)
-        image, text = block_forward(block, image, text, temb, output_tokens, rope, mask, attend, adapters)
+        if forward.before_block is not None:
+            forward.before_block(index)
+        modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
+        block_forward(
+            forward, block, image, encoded, modulations, (image_rope, text_rope), mask,
+            output_tokens if index == last else None,
+        )  # fmt: skip
+        forward.weights.release()
 
-    # References are context only: the head runs on the output tokens alone.
-    image = model.norm_out(image[:, :output_tokens], temb[: image.shape[0]])
-    return linear(model.proj_out, image, adapters)
+    final = Modulation(table.final, rows, output_tokens)
+    normalized = image.normalized(forward, model.norm_out.norm, final)
+    return forward.plain(model.proj_out, normalized.data.view(image.x.shape))
+
+
+def _halves(table: ModulationTable, block: int, rows, output_tokens: int, text_tokens: int, stream: int):
+    return table.halves(block, stream, rows, output_tokens if stream == IMAGE else text_tokens)
+
+
+def _modulation_table(model, timestep, like, forward: Forward, cache, key, schedule) -> ModulationTable:
+    cache = cache or ModulationCache()
+    return cache.table(
+        key,
+        [*timestep.tolist(), 0.0],
+        schedule,
+        lambda timesteps: compute_table(model, timesteps, like, forward.weights, forward.adapters),
+    )
 
 
 class QwenEditTransformer(QwenImageTransformer2DModel):
     """diffusers' transformer with this module's forward, so that ``QwenImageEditPlusPipeline`` can hold it.
 
-    Weights, names and configuration are diffusers'. ``attention`` may be set to a ``KernelChoice``; by default
-    it is resolved from the device on the first call.
+    Weights, names and configuration are diffusers'. ``attention`` and ``kernels`` may be set; by default they are
+    resolved from the device on the first call. Setting ``modulation`` to a ``ModulationCache`` keeps the modulation of
+    timesteps seen before; the weights must then stay as they are.
     """
 
     attention: KernelChoice | None = None
+    kernels: FusedKernels | None = None
+    modulation: ModulationCache | None = None
 
     def forward(
         self,
@@ -226,15 +290,21 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             )
         if encoder_hidden_states is None or timestep is None or img_shapes is None:
             raise ValueError("encoder_hidden_states, timestep and img_shapes are all needed.")
+        device, dtype = hidden_states.device, hidden_states.dtype
         if self.attention is None:
-            self.attention = resolve("auto", hidden_states.device, hidden_states.dtype, self.config.attention_head_dim)
+            self.attention = resolve("auto", device, dtype, self.config.attention_head_dim)
+        if self.kernels is None:
+            self.kernels = resolve_kernels(device, dtype)
         sample = denoise(
             self,
             hidden_states,
-            timestep,
+            timestep.to(dtype),  # as diffusers rounds it
             encoder_hidden_states,
             tuple((rows, columns) for _, rows, columns in img_shapes[0]),
-            attend=self.attention.attend,
+            Forward(self.attention.attend, self.kernels),
+            axes_dims=tuple(self.config.axes_dims_rope),
+            zero_cond_t=self.config.zero_cond_t,
             text_mask=encoder_hidden_states_mask,
+            modulation=self.modulation,
         )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -1,0 +1,54 @@
+"""What the card reaches at this model's shapes with nothing around it: products and attention, in TFLOP/s."""
+
+import statistics
+
+import torch
+
+WIDTH, HEADS = 3072, 24
+SHAPES = {"qkv": (3 * WIDTH, WIDTH), "out": (WIDTH, WIDTH), "up": (4 * WIDTH, WIDTH), "down": (WIDTH, 4 * WIDTH)}
+
+
+def _tflops(call, flop: float, repeat: int = 9) -> float:
+    times = []
+    for index in range(repeat + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        if index >= 3:
+            times.append(start.elapsed_time(end))
+    return round(flop / statistics.median(times) / 1e9, 0)
+
+
+def ceilings(image_tokens: int, text_tokens: int) -> dict[str, float]:
+    """bf16 and fp8 row-wise products of the image stream's shapes, int8 of the largest, and cuDNN's attention."""
+    from qwen_edit.attention import resolve
+    from qwen_edit.kernels.reference import quantize_rows
+
+    device, dtype = torch.device("cuda"), torch.bfloat16
+    found = {}
+    for name, (n, k) in SHAPES.items():
+        x = torch.randn(image_tokens, k, device=device, dtype=dtype)
+        w = torch.randn(n, k, device=device, dtype=dtype)
+        bias = torch.randn(n, device=device, dtype=dtype)
+        flop = 2 * image_tokens * n * k
+        found[f"bf16 {name}"] = _tflops(lambda x=x, w=w, b=bias: torch.addmm(b, x, w.t()), flop)
+        if torch.cuda.get_device_capability() >= (8, 9):
+            a, b = quantize_rows(x, torch.float8_e4m3fn), quantize_rows(w, torch.float8_e4m3fn)
+            scales = {"scale_a": a.scale, "scale_b": b.scale.t(), "out_dtype": dtype, "use_fast_accum": True}
+            found[f"fp8 {name}"] = _tflops(
+                lambda a=a, b=b, s=scales, c=bias: torch._scaled_mm(a.data, b.data.t(), bias=c, **s), flop
+            )
+    tokens = image_tokens + text_tokens
+    q, k, v = torch.randn(1, tokens, 3, HEADS, 128, device=device, dtype=dtype).unbind(2)
+    for wanted in ("cudnn", "flash4", "pytorch"):
+        try:
+            choice = resolve(wanted, device, dtype, 128)
+        except ValueError:
+            continue
+        if not choice.fell_back:
+            found[f"attention {wanted}"] = _tflops(
+                lambda a=choice.attend: a(q, k, v, None), 4 * tokens * tokens * HEADS * 128
+            )
+    return found

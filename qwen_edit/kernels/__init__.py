@@ -1,0 +1,68 @@
+"""The fused elementwise operations of the forward: one interface, chosen once for a device.
+
+Implementations are modules with the functions of ``reference.py``: Triton kernels on CUDA, plain PyTorch elsewhere.
+They are tried with a real call; what does not run is replaced by PyTorch, with the reason in ``why``.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+
+import torch
+
+from . import reference
+from .contract import Modulation, Rows, Update
+
+__all__ = ["REFERENCE", "FusedKernels", "Modulation", "Rows", "Update", "resolve_kernels"]
+
+
+@dataclass(frozen=True)
+class FusedKernels:
+    """Which implementation runs, and why."""
+
+    name: str
+    why: str
+    norm_modulate: Callable[..., Rows]
+    qk_norm_rope: Callable[..., None]
+    gelu: Callable[..., Rows]
+    quantize_rows: Callable[..., Rows]
+    fell_back: bool = False
+
+
+def _of(module, name: str, why: str, fell_back: bool = False) -> FusedKernels:
+    functions = (module.norm_modulate, module.qk_norm_rope, module.gelu, module.quantize_rows)
+    return FusedKernels(name, why, *functions, fell_back=fell_back)
+
+
+REFERENCE = _of(reference, "pytorch", "plain PyTorch")
+
+
+@lru_cache(maxsize=32)
+def resolve_kernels(device: torch.device, dtype: torch.dtype, quantize: torch.dtype | None = None) -> FusedKernels:
+    """The kernels for models of this dtype on this device, with activations quantized to ``quantize``."""
+    if device.type != "cuda":
+        return _of(reference, "pytorch", f"the model runs on {device.type}")
+    try:
+        fused = import_module(f"{__name__}.fused")
+        problem = _probe(fused, device, dtype, quantize)
+    except torch.OutOfMemoryError:
+        raise  # says nothing about the kernel
+    except Exception as e:  # no Triton, no compiler, an unsupported card: the reason is shown
+        problem = f"{type(e).__name__}: {next(iter(str(e).splitlines()), 'no message')}"
+    if problem is not None:
+        return _of(reference, "pytorch", f"Triton kernels do not run here: {problem}", fell_back=True)
+    return _of(fused, "triton", "chosen for CUDA")
+
+
+def _probe(fused, device: torch.device, dtype: torch.dtype, quantize: torch.dtype | None) -> str | None:
+    """Run the longest kernel against its reference on a small input; the reason why it can't be used, or None."""
+    x = torch.linspace(-3, 3, 4 * 64, device=device).reshape(1, 4, 64).to(dtype)
+    table = torch.linspace(-1, 1, 2 * 192, device=device).reshape(2, 192).to(dtype)
+    modulation = Modulation(table, torch.tensor([[0], [1]], device=device), 2)
+    results = []
+    for module in (fused, reference):
+        rows = module.norm_modulate(x.clone(), modulation, Update(x, modulation), eps=1e-6, quantize=quantize)
+        results.append(rows.data.float() * (1 if rows.scale is None else rows.scale))
+    error = ((results[0] - results[1]).norm() / results[1].norm()).item()
+    return None if error < 0.05 else f"the result is off by {error:.3g} on the probe"

@@ -1,0 +1,47 @@
+"""What the fused operations exchange. Plain tensors; nothing here knows a model library."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Activations of a linear, one row a token.
+
+    ``data`` is ``[M, K]`` in the model's dtype, or quantized (float8_e4m3fn, int8) with ``scale`` ``[M, 1]`` in
+    float32. ``full`` is the unquantized twin where an adapter needs it.
+    """
+
+    data: torch.Tensor
+    scale: torch.Tensor | None = None
+    full: torch.Tensor | None = None
+
+    @property
+    def unquantized(self) -> torch.Tensor:
+        if self.full is not None:
+            return self.full
+        assert self.scale is None, "the prologue was not asked to keep the unquantized rows"
+        return self.data
+
+
+@dataclass(frozen=True)
+class Modulation:
+    """Shift, scale and gate of half a block for every token.
+
+    ``table`` is ``[T, 3C]`` (shift, scale, gate; the gate may be missing: ``[T, 2C]``), a row a timestep, rows
+    strided. ``rows`` ``[2, B]`` (int64) names the rows of each item: ``rows[0]`` for tokens before ``split``, ``rows[1]``
+    for those from it on.
+    """
+
+    table: torch.Tensor
+    rows: torch.Tensor
+    split: int
+
+
+@dataclass(frozen=True)
+class Update:
+    """A gated change of the residual stream that is still to be added: ``x += gate * y``. ``y`` ``[B, L, C]``."""
+
+    y: torch.Tensor
+    modulation: Modulation

@@ -1,0 +1,227 @@
+"""The fused operations as Triton kernels: one pass over memory each, the row in registers.
+
+Contracts and names are those of ``reference.py``. All arithmetic is float32; results are rounded once, on store.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .contract import Modulation, Rows, Update
+from .launch import launch
+from .reference import QUANTIZED_MAX, SMALLEST_SCALE
+
+_QUANTIZATION = {
+    dtype: {
+        "QUANTIZE": dtype is not None,
+        "SMALLEST": SMALLEST_SCALE,
+        "LARGEST": QUANTIZED_MAX.get(dtype, 1.0),
+        "IS_INT": dtype == torch.int8,
+    }
+    for dtype in (None, *QUANTIZED_MAX)
+}
+HEAD_ROWS = 32  # heads of tokens that one program of qk_norm_rope takes
+
+
+@triton.jit
+def _quantized(values, scale_ptr, row, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, IS_INT: tl.constexpr):
+    """The row divided by its scale, which is stored."""
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0), SMALLEST) / LARGEST
+    tl.store(scale_ptr + row, scale)
+    values = values / scale
+    if IS_INT:
+        values = tl.where(values >= 0, tl.floor(values + 0.5), tl.ceil(values - 0.5))
+    return values
+
+
+@triton.jit
+def _norm_modulate_kernel(
+    x_ptr, y_ptr, out_ptr, full_ptr, scale_ptr,
+    table_ptr, rows_ptr, gate_table_ptr, gate_rows_ptr,
+    table_stride, split, gate_table_stride, gate_split,
+    tokens, batch, x_batch_stride, y_batch_stride, eps,
+    C: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
+    QUANTIZE: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, IS_INT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    item = row // tokens
+    token = row % tokens
+    columns = tl.arange(0, BLOCK)
+    inside = columns < C
+    at_x = x_ptr + item * x_batch_stride + token * C + columns
+    x = tl.load(at_x, mask=inside, other=0.0).to(tl.float32)
+    if HAS_UPDATE:
+        which = tl.load(gate_rows_ptr + tl.where(token >= gate_split, batch, 0) + item)
+        gate = tl.load(gate_table_ptr + which * gate_table_stride + 2 * C + columns, mask=inside, other=0.0)
+        y = tl.load(y_ptr + item * y_batch_stride + token * C + columns, mask=inside, other=0.0)
+        x += gate.to(tl.float32) * y.to(tl.float32)
+        if CLAMP:
+            x = tl.minimum(tl.maximum(x, -65504.0), 65504.0)
+        rounded = x.to(x_ptr.dtype.element_ty)
+        tl.store(at_x, rounded, mask=inside)
+        x = rounded.to(tl.float32)
+
+    mean = tl.sum(x, axis=0) / C
+    centred = tl.where(inside, x - mean, 0.0)
+    rstd = tl.rsqrt(tl.sum(centred * centred, axis=0) / C + eps)
+    which = tl.load(rows_ptr + tl.where(token >= split, batch, 0) + item)
+    at_table = table_ptr + which * table_stride + columns
+    shift = tl.load(at_table, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(at_table + C, mask=inside, other=0.0).to(tl.float32)
+    out = centred * rstd * (1.0 + scale) + shift
+
+    at_out = row * C + columns
+    if KEEP:
+        tl.store(full_ptr + at_out, out.to(full_ptr.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        out = _quantized(tl.where(inside, out, 0.0), scale_ptr, row, SMALLEST, LARGEST, IS_INT)
+    tl.store(out_ptr + at_out, out.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    modulation: Modulation,
+    update: Update | None = None,
+    *,
+    eps: float,
+    quantize: torch.dtype | None = None,
+    keep: bool = False,
+) -> Rows:
+    batch, tokens, channels = x.shape
+    rows = _empty_rows(batch * tokens, channels, x, quantize, keep)
+    gates = update.modulation if update is not None else modulation
+    y = update.y if update is not None else x
+    launch(
+        _norm_modulate_kernel,
+        batch * tokens,
+        (x, y, rows.data, _or(rows.full, rows.data), _or(rows.scale, rows.data),
+         modulation.table, modulation.rows, gates.table, gates.rows),
+        (modulation.table.stride(0), modulation.split, gates.table.stride(0), gates.split,
+         tokens, batch, x.stride(0), y.stride(0), eps),
+        {
+            "C": channels, "BLOCK": triton.next_power_of_2(channels), "HAS_UPDATE": update is not None,
+            "CLAMP": x.dtype == torch.float16, "KEEP": rows.full is not None, **_QUANTIZATION[quantize],
+        },
+        warps=8,
+    )  # fmt: skip
+    return rows
+
+
+@triton.jit
+def _activation_kernel(
+    x_ptr, out_ptr, full_ptr, scale_ptr, x_stride,
+    N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
+    QUANTIZE: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, IS_INT: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < N
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
+    if GELU:  # 0.5 (1 + tanh u) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    at_out = row * N + columns
+    if KEEP:
+        tl.store(full_ptr + at_out, x.to(full_ptr.dtype.element_ty), mask=inside)
+    if QUANTIZE:
+        x = _quantized(x, scale_ptr, row, SMALLEST, LARGEST, IS_INT)
+    tl.store(out_ptr + at_out, x.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False) -> Rows:
+    return _activation(x, True, quantize, keep)
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False) -> Rows:
+    if dtype is None:
+        return Rows(x)
+    rows = _activation(x, False, dtype, False)
+    return Rows(rows.data, rows.scale, x) if keep else rows
+
+
+def _activation(x: torch.Tensor, apply_gelu: bool, quantize: torch.dtype | None, keep: bool) -> Rows:
+    count, width = x.shape
+    rows = _empty_rows(count, width, x, quantize, keep)
+    launch(
+        _activation_kernel,
+        count,
+        (x, rows.data, _or(rows.full, rows.data), _or(rows.scale, rows.data)),
+        (x.stride(0),),
+        {
+            "N": width, "BLOCK": triton.next_power_of_2(width), "GELU": apply_gelu, "KEEP": rows.full is not None,
+            **_QUANTIZATION[quantize],
+        },
+        warps=8,
+    )  # fmt: skip
+    return rows
+
+
+@triton.jit
+def _normed_rotated(x, weight, cos, sin, eps, ROWS: tl.constexpr, D: tl.constexpr):
+    x = x * tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None] * weight[None, :]
+    first, second = tl.split(tl.reshape(x, (ROWS, D // 2, 2)))
+    return tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (ROWS, D))
+
+
+@triton.jit
+def _qk_norm_rope_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, norm_q_ptr, norm_k_ptr, rope_ptr,
+    count, tokens, batch_stride, token_stride, out_batch_stride, out_token_stride, eps,
+    H: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, COPY_V: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = (row < count)[:, None]
+    head = row % H
+    token = (row // H) % tokens
+    item = row // (H * tokens)
+    channels = tl.arange(0, D)
+    pairs = tl.arange(0, D // 2)
+    at = (item * batch_stride + token * token_stride + head * D)[:, None] + channels[None, :]
+    at_out = (item * out_batch_stride + token * out_token_stride + head * D)[:, None] + channels[None, :]
+    at_rope = (token * (D // 2))[:, None] + pairs[None, :]
+    cos = tl.load(rope_ptr + at_rope, mask=inside, other=0.0)
+    sin = tl.load(rope_ptr + tokens * (D // 2) + at_rope, mask=inside, other=0.0)
+
+    q = tl.load(q_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    k = tl.load(k_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    q = _normed_rotated(q, tl.load(norm_q_ptr + channels).to(tl.float32), cos, sin, eps, ROWS, D)
+    k = _normed_rotated(k, tl.load(norm_k_ptr + channels).to(tl.float32), cos, sin, eps, ROWS, D)
+    tl.store(out_ptr + at_out, q.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at_out + H * D, k.to(out_ptr.dtype.element_ty), mask=inside)
+    if COPY_V:
+        tl.store(out_ptr + at_out + 2 * H * D, tl.load(v_ptr + at, mask=inside), mask=inside)
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    rope: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    eps: float,
+) -> None:
+    batch, tokens, heads, dim = q.shape
+    count = batch * tokens * heads
+    launch(
+        _qk_norm_rope_kernel,
+        triton.cdiv(count, HEAD_ROWS),
+        (q, k, v, out, norm_q, norm_k, rope),
+        (count, tokens, q.stride(0), q.stride(1), out.stride(0), out.stride(1), eps),
+        {"H": heads, "D": dim, "ROWS": HEAD_ROWS, "COPY_V": v.data_ptr() != out[:, :, 2].data_ptr()},
+        warps=4,
+    )
+
+
+def _empty_rows(count: int, width: int, like: torch.Tensor, quantize: torch.dtype | None, keep: bool) -> Rows:
+    data = torch.empty((count, width), dtype=quantize or like.dtype, device=like.device)
+    if quantize is None:
+        return Rows(data)
+    scale = torch.empty((count, 1), dtype=torch.float32, device=like.device)
+    return Rows(data, scale, torch.empty((count, width), dtype=like.dtype, device=like.device) if keep else None)
+
+
+def _or(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:
+    """Triton wants a pointer also where the kernel does not use it."""
+    return placeholder if tensor is None else tensor

@@ -1,0 +1,97 @@
+"""The fused operations in plain PyTorch: what runs without Triton, and what the fused kernels are tested against.
+
+Each function has a twin of the same name and contract in ``fused.py``.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from .contract import Modulation, Rows, Update
+
+# Largest finite values; a row's scale maps its largest number onto them.
+QUANTIZED_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+SMALLEST_SCALE = 1e-12
+
+
+def norm_modulate(
+    x: torch.Tensor,
+    modulation: Modulation,
+    update: Update | None = None,
+    *,
+    eps: float,
+    quantize: torch.dtype | None = None,
+    keep: bool = False,
+) -> Rows:
+    """``x += gate * y`` in place where an update is pending, then ``LayerNorm(x) * (1 + scale) + shift``.
+
+    Args:
+        x: the residual stream ``[B, L, C]``, each item's tokens contiguous.
+        quantize: dtype of the result's rows; None: as ``x``.
+        keep: with ``quantize``, also return the unquantized rows.
+
+    Returns:
+        ``[B * L, C]`` rows.
+    """
+    channels = x.shape[-1]
+    if update is not None:
+        for part, y, vectors in _parts(x, update.modulation, update.y):
+            part.addcmul_(vectors[..., 2 * channels :], y)
+        if x.dtype == torch.float16:  # as diffusers does: this family overflows in fp16
+            x.clamp_(-65504, 65504)
+    normalized = F.layer_norm(x, (channels,), eps=eps)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for part, target, vectors in _parts(normalized, modulation, out):
+        shift, scale = vectors[..., :channels], vectors[..., channels : 2 * channels]
+        torch.addcmul(shift, part, 1 + scale, out=target)
+    return quantize_rows(out.flatten(0, 1), quantize, keep=keep)
+
+
+def _parts(x: torch.Tensor, modulation: Modulation, other: torch.Tensor):
+    """(x, other, vectors ``[B, 1, 3C]``) of the tokens before and after the split."""
+    split = min(modulation.split, x.shape[1])
+    parts = [(slice(0, split), modulation.rows[0]), (slice(split, x.shape[1]), modulation.rows[1])]
+    return [(x[:, s], other[:, s], modulation.table[rows][:, None]) for s, rows in parts if s.start < s.stop]
+
+
+def qk_norm_rope(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    norm_q: torch.Tensor,
+    norm_k: torch.Tensor,
+    rope: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    eps: float,
+) -> None:
+    """RMS-normalize queries and keys over each head, rotate neighbouring channel pairs, and put all three into ``out``.
+
+    Args:
+        q, k, v: ``[B, L, H, D]`` of equal strides, heads contiguous; they may be the parts of ``out`` itself.
+        norm_q, norm_k: ``[D]``.
+        rope: cosines and sines ``[2, L, D / 2]``, float32.
+        out: ``[B, L, 3, H, D]``, a part of the joint buffer.
+    """
+    cos, sin = rope[0].unsqueeze(1), rope[1].unsqueeze(1)
+    for index, (x, weight) in enumerate(((q, norm_q), (k, norm_k))):
+        first, second = F.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).unflatten(-1, (-1, 2)).unbind(-1)
+        rotated = torch.stack([first * cos - second * sin, first * sin + second * cos], dim=-1)
+        out[:, :, index] = rotated.flatten(-2).to(out.dtype)
+    if v.data_ptr() != out[:, :, 2].data_ptr():
+        out[:, :, 2] = v
+
+
+def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False) -> Rows:
+    """GELU (tanh form) of ``[M, N]``, as rows for the next linear."""
+    return quantize_rows(F.gelu(x, approximate="tanh"), quantize, keep=keep)
+
+
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False) -> Rows:
+    """``x`` ``[M, K]`` as rows: each divided by its own scale, the largest magnitude mapped to the dtype's largest."""
+    if dtype is None:
+        return Rows(x)
+    largest = x.abs().amax(dim=1, keepdim=True).float()
+    scale = largest.clamp(min=SMALLEST_SCALE) / QUANTIZED_MAX[dtype]
+    scaled = x.float() / scale
+    data = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
+    return Rows(data, scale, x if keep else None)

@@ -1,0 +1,193 @@
+"""The linears of the forward: how each weight is multiplied, and what its activations have to look like.
+
+A weight's form owns its activation prologue: fp8 and int8 weights want rows quantized to the same dtype, which the
+kernel before the linear writes directly; everything else takes the rows as they are. Adapters are added to the
+result as low-rank terms, so no weight is ever touched.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels import FusedKernels, Rows
+from .quantize import QuantizedTensor, plain_parts, quantized_matmul, replace_parts
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """An adapter on one linear: adds ``scale * (x A^T) B^T``. ``a`` is ``[r, in]``, ``b`` ``[out, r]``."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    scale: float
+
+
+# Active adapters by the linear that they add to.
+Adapters = Mapping[nn.Module, Sequence[LowRank]]
+NO_ADAPTERS: Adapters = {}
+
+
+class WeightReader(Protocol):
+    """Where the forward gets a module's weights from."""
+
+    def read(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None] | None:
+        """Weight and bias, valid until ``release``; None: only the module itself knows how to apply them."""
+        ...
+
+    def release(self) -> None:
+        """The weights read so far are not needed any more."""
+        ...
+
+
+class Resident:
+    """Weights that lie in their modules."""
+
+    def read(self, module):
+        return module.weight, module.bias
+
+    def release(self) -> None:
+        pass
+
+
+RESIDENT = Resident()
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A linear, or several that share their input, ready to be multiplied with.
+
+    ``weight`` ``[N, K]``; ``scale`` ``[N, 1]`` where it is quantized; without a weight the modules are called. ``widths``
+    are the modules' output features, which lie side by side in the result.
+    """
+
+    modules: tuple[nn.Module, ...]
+    widths: tuple[int, ...]
+    weight: torch.Tensor | None
+    scale: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    @property
+    def prologue(self) -> torch.dtype | None:
+        """What dtype the rows have to be quantized to; None: as they are."""
+        return self.weight.dtype if self.weight is not None and self.scale is not None else None
+
+
+def operand(weights: WeightReader, module: nn.Module) -> Operand:
+    width = module.out_features
+    read = weights.read(module)
+    if read is None:
+        return Operand((module,), (width,), None)
+    weight, bias = read
+    if isinstance(weight, QuantizedTensor):
+        parts = plain_parts(weight)
+        if parts is None:  # a form that only its own library multiplies
+            return Operand((module,), (width,), None)
+        return Operand((module,), (width,), *parts, bias)
+    return Operand((module,), (width,), weight, None, bias)
+
+
+def packed(operands: Sequence[Operand]) -> Operand | None:
+    """Linears over the same input as one, if their weights lie side by side in memory (see ``pack``)."""
+    columns = list(zip(*((o.weight, o.scale, o.bias) for o in operands), strict=True))
+    if any(o.weight is None for o in operands) or any(len({p is None for p in column}) > 1 for column in columns):
+        return None
+    joined = [None if column[0] is None else _joined(column) for column in columns]
+    if any(j is None and column[0] is not None for j, column in zip(joined, columns, strict=True)):
+        return None
+    modules = tuple(m for o in operands for m in o.modules)
+    return Operand(modules, tuple(w for o in operands for w in o.widths), *joined)
+
+
+def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    first = parts[0]
+    at = first.data_ptr()
+    for part in parts:
+        if part.data_ptr() != at or part.dtype != first.dtype or not part.is_contiguous():
+            return None
+        at += part.nbytes
+    rows = sum(p.shape[0] for p in parts)
+    held = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
+    if held < at - first.data_ptr():  # neighbours by chance
+        return None
+    return first.as_strided((rows, *first.shape[1:]), first.stride())
+
+
+def pack(linears: Sequence[nn.Module]) -> None:
+    """Lay the weights (and scales, biases) of linears over the same input side by side, so that one product runs all.
+
+    Names, shapes and values stay; each weight becomes a view of the joint storage.
+    """
+    weights = [m.weight for m in linears]
+    if all(isinstance(w, QuantizedTensor) for w in weights):
+        parts = [plain_parts(w) for w in weights]
+        if any(p is None for p in parts):
+            return
+        data, scale = (_side_by_side(column) for column in zip(*parts, strict=True))
+        for module, d, s in zip(linears, data, scale, strict=True):
+            replace_parts(module.weight, d, s)
+    elif not any(isinstance(w, QuantizedTensor) for w in weights):
+        for module, view in zip(linears, _side_by_side([w.data for w in weights]), strict=True):
+            module.weight.data = view
+    else:
+        return
+    for module, view in zip(linears, _side_by_side([m.bias.data for m in linears]), strict=True):
+        module.bias.data = view
+
+
+def _side_by_side(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    if _joined(tensors) is not None:
+        return tensors
+    return torch.cat(list(tensors)).split([t.shape[0] for t in tensors])
+
+
+def multiply(
+    op: Operand, rows: Rows, dtype: torch.dtype, adapters: Adapters, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``rows @ weight.T + bias`` plus the adapters' terms, ``[M, N]`` in ``dtype``.
+
+    Args:
+        out: ``[M, N]`` contiguous, to write into.
+    """
+    if op.weight is None:
+        (module,) = op.modules
+        y = module(rows.unquantized)
+        y = y if out is None else out.copy_(y)
+    elif op.scale is None:
+        y = _plain(op, rows.data, out)
+    else:
+        y = quantized_matmul(rows.data, rows.scale, op.weight, op.scale, op.bias, dtype, out)
+    if adapters:
+        for module, part in zip(op.modules, y.split(op.widths, dim=1), strict=True):
+            low_rank(part, rows.unquantized if module in adapters else rows.data, adapters.get(module, ()))
+    return y
+
+
+def multiply_gelu(
+    op: Operand, rows: Rows, dtype: torch.dtype, adapters: Adapters, kernels: FusedKernels, **prologue
+) -> Rows:
+    """The linear before a GELU and the GELU, as rows for the linear after it."""
+    fusable = op.weight is not None and op.scale is None and op.bias is not None and op.modules[0] not in adapters
+    if fusable and rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32:
+        # cuBLASLt's epilogue, which is the tanh form
+        return Rows(torch._addmm_activation(op.bias, rows.data, op.weight.t(), use_gelu=True))
+    return kernels.gelu(multiply(op, rows, dtype, adapters), **prologue)
+
+
+def _plain(op: Operand, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+    assert op.weight is not None
+    if out is None:
+        return F.linear(x, op.weight, op.bias)
+    if op.bias is None:
+        return torch.mm(x, op.weight.t(), out=out)
+    return torch.addmm(op.bias, x, op.weight.t(), out=out)
+
+
+def low_rank(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
+    """``y += scale * (x A^T) B^T`` in place for each adapter; y ``[M, N]``, x ``[M, K]``."""
+    for adapter in adapters:
+        y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
+    return y

@@ -1,0 +1,201 @@
+"""8- and 4-bit weights: how they are made, what stays in full precision, and their products.
+
+Weights are comfy-kitchen's ``QuantizedTensor`` (ComfyUI >= 0.30 brings it; so do files that ComfyUI's own loader
+reads), in these forms:
+
+- ``fp8``: float8_e4m3fn, one scale for each output channel; activations one scale for each token (Hopper, Ada, Blackwell).
+- ``int8``: the same with int8 (Turing and later).
+- ``w4a4``: comfy-kitchen's 4-bit weights with a rotation (ConvRot, arXiv 2512.03673), multiplied by comfy-kitchen.
+
+Which layers keep bf16 is decided by ``keeps_full_precision``: measured on random weights at full size and on the small
+trained model (``benchmarks/results/quantization*.json``), not verified on the released weights.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .kernels.reference import quantize_rows
+
+try:
+    from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
+
+    MISSING = None
+except ImportError as e:
+    MISSING = f"the package comfy-kitchen is not installed ({e})"
+
+    class QuantizedTensor:  # so that isinstance answers no
+        pass
+
+    BaseLayoutParams = QuantizedLayout = object
+
+    def register_layout_class(name, cls):
+        pass
+
+
+FORMATS = ("fp8", "int8", "w4a4")
+ROWWISE_FP8 = "QwenEditRowwiseFP8Layout"
+FP8, INT8 = torch.float8_e4m3fn, torch.int8
+FP8_LAYOUTS = (ROWWISE_FP8, "TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout")
+INT8_LAYOUT = "TensorWiseINT8Layout"
+W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
+ROTATIONS = (256, 64, 16)  # sizes that comfy-kitchen's kernels know
+
+
+class RowwiseFP8Layout(QuantizedLayout):
+    """float8_e4m3fn with one float32 scale ``[N, 1]`` for each row."""
+
+    MIN_SM_VERSION = (8, 9)
+
+    @dataclass(frozen=True)
+    class Params(BaseLayoutParams):
+        pass
+
+    @classmethod
+    def quantize(cls, tensor, **_):
+        rows = quantize_rows(tensor, FP8)
+        return rows.data, cls.Params(scale=rows.scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+
+    @classmethod
+    def dequantize(cls, qdata, params):
+        return (qdata.float() * params.scale).to(params.orig_dtype)
+
+    @classmethod
+    def get_plain_tensors(cls, qtensor):
+        return qtensor._qdata, qtensor._params.scale
+
+    @classmethod
+    def state_dict_tensors(cls, qdata, params):
+        return {"": qdata, "_scale": params.scale}
+
+
+register_layout_class(ROWWISE_FP8, RowwiseFP8Layout)
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear whose weight is to be, or is, quantized, under the usual names.
+
+    ``convert_weight`` and ``set_weight`` are how a patcher edits it: a float copy out, requantized back in.
+    """
+
+    form: str
+
+    def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_) -> torch.Tensor:
+        return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+
+    def set_weight(self, weight, inplace_update: bool = False, seed=None, return_weight: bool = False, **_):
+        requantized = self.weight.requantize_from_float(weight)
+        if return_weight:
+            return requantized
+        self.weight = nn.Parameter(requantized, requires_grad=False)
+
+
+def quantize_weight(weight: torch.Tensor, form: str) -> "QuantizedTensor":
+    """A weight ``[N, K]`` in one of ``FORMATS``, on the weight's device."""
+    if form == "fp8":
+        return QuantizedTensor.from_float(weight, ROWWISE_FP8)
+    if form == "int8":
+        return QuantizedTensor.from_float(weight, INT8_LAYOUT, per_channel=True)
+    rotation = next(size for size in ROTATIONS if weight.shape[1] % size == 0)
+    return QuantizedTensor.from_float(weight, W4A4_LAYOUT, convrot_groupsize=rotation)
+
+
+def keeps_full_precision(name: str) -> bool:
+    """Whether the linear of this name (``transformer_blocks.3.attn.to_q``) is never quantized: everything outside the
+    blocks, and the modulation, whose errors every token would share."""
+    return not name.startswith("transformer_blocks.") or "_mod." in name
+
+
+def prepare(model: nn.Module, form: str) -> None:
+    """Make linears of ``QuantizedLinear`` where ``form`` is to be used; the weights are quantized when they are read."""
+    for name, module in list(model.named_modules()):
+        # the products need channel counts of multiples of 16
+        sizes_fit = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
+        if not sizes_fit or keeps_full_precision(name):
+            continue
+        device, dtype = module.weight.device, module.weight.dtype
+        linear = QuantizedLinear(module.in_features, module.out_features, device=device, dtype=dtype)
+        linear.form = form
+        model.set_submodule(name, linear.requires_grad_(False))
+
+
+def in_its_form(module: nn.Module, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that was read for ``module``, quantized if that is how the module keeps it."""
+    wanted = isinstance(module, QuantizedLinear) and parameter == "weight"
+    return quantize_weight(tensor, module.form) if wanted else tensor
+
+
+def plain_parts(weight: "QuantizedTensor") -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Data ``[N, K]`` and scales ``[N, 1]`` of a weight that ``quantized_matmul`` takes; None for other forms."""
+    layout, params = weight._layout_cls, weight._params
+    rotated = layout == INT8_LAYOUT and (params.convrot or params.transposed)
+    if layout not in (*FP8_LAYOUTS, INT8_LAYOUT) or rotated:
+        return None
+    data, scale = weight._qdata, params.scale
+    return data, scale if scale.ndim == 2 else scale.reshape(-1, 1).expand(data.shape[0], 1).contiguous()
+
+
+def replace_parts(weight: "QuantizedTensor", data: torch.Tensor, scale: torch.Tensor) -> None:
+    """Put equal data and scales that lie elsewhere in memory into the weight."""
+    weight._qdata = data
+    weight._params = replace(weight._params, scale=scale.reshape(weight._params.scale.shape))
+
+
+def quantized_matmul(
+    x: torch.Tensor,
+    x_scale: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``(x * x_scale) @ (weight * weight_scale).T + bias`` in ``dtype``.
+
+    Args:
+        x: ``[M, K]``, fp8 or int8; ``x_scale`` ``[M, 1]``.
+        weight: ``[N, K]`` of the same dtype; ``weight_scale`` ``[N, 1]``.
+    """
+    multiply = _product(x.device, x.dtype, dtype)
+    if multiply is not None:
+        return multiply(x, x_scale, weight, weight_scale, bias, dtype, out)
+    y = F.linear(x.float() * x_scale, weight.float() * weight_scale, None if bias is None else bias.float())
+    return y.to(dtype) if out is None else out.copy_(y)
+
+
+@lru_cache(maxsize=16)
+def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
+    """The card's own product of this form, or None where it has none (the float product above is then exact)."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return None
+    capability = torch.cuda.get_device_capability(device)
+    if form == FP8:
+        return _scaled_mm if capability >= (8, 9) else None
+    return _int8_matmul() if capability >= (7, 5) else None
+
+
+def _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
+    arguments = {"scale_a": x_scale, "scale_b": weight_scale.t(), "out_dtype": dtype, "use_fast_accum": True}
+    if bias is not None and dtype != torch.bfloat16:
+        y = torch._scaled_mm(x, weight.t(), **arguments) + bias  # row-wise scales take a bf16 bias only
+        return y if out is None else out.copy_(y)
+    if out is None:
+        return torch._scaled_mm(x, weight.t(), bias=bias, **arguments)
+    return torch._scaled_mm(x, weight.t(), bias=bias, out=out, **arguments)
+
+
+def _int8_matmul():
+    try:
+        from .kernels.int8_matmul import int8_matmul
+    except ImportError:  # no Triton
+        return _int_mm
+    return int8_matmul
+
+
+def _int_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
+    y = torch._int_mm(x, weight.t()).float() * x_scale * weight_scale.t()
+    y = (y if bias is None else y + bias).to(dtype)
+    return y if out is None else out.copy_(y)
