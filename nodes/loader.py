@@ -55,7 +55,9 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(ATTENTION),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: cuDNN on Hopper and newer, else PyTorch's. What does not run here falls back to PyTorch's,"
+                    tooltip="auto: what was measured as the fastest on your card (by scripts/tune_attention.py, else cuDNN or"
+                    " flash4 on Hopper), PyTorch's where nothing was. flash: FlashAttention 2. math: float32, slow, exact."
+                    " sage computes in 8 bit and changes pictures a little. What does not run here falls back to PyTorch's,"
                     " and the node says so.",
                 ),
                 io.Combo.Input(

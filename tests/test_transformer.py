@@ -130,15 +130,3 @@ def test_positions_differ_between_the_conventions_only_where_they_must():
     for grids, equal in [(((4, 6), (4, 6)), True), (((5, 6),), False), (((4, 4), (8, 8)), False)]:
         first, second = (rope_table(grids, 5, axes, p, device) for p in ("diffusers", "comfyui"))
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True)) is equal, grids
-
-
-@pytest.mark.parametrize("wanted", ["cudnn", "xformers", "sage", "flash"])
-def test_attention_that_does_not_run_here_falls_back_with_a_reason(wanted):
-    choice = resolve(wanted, torch.device("cpu"), torch.float32, 32)
-    assert (choice.name, choice.fell_back) == ("pytorch", True)
-    assert "CUDA card" in choice.why
-
-
-def test_an_unknown_attention_is_an_error():
-    with pytest.raises(ValueError, match="must be one of auto"):
-        resolve("fastest", torch.device("cpu"), torch.float32, 32)

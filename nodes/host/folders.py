@@ -9,6 +9,7 @@ from pathlib import Path
 
 import folder_paths
 
+from ...qwen_edit.attention_auto import TUNED_FILE
 from ...qwen_edit.checkpoints import is_edit_folder
 from ...qwen_edit.errors import INPUT
 
@@ -123,3 +124,8 @@ def _edit_folders() -> dict[str, Path]:
                 if is_edit_folder(index.parent):
                     found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
     return found
+
+
+def tuned_attention() -> Path:
+    """Where scripts/tune_attention.py leaves what it found; the file need not exist."""
+    return Path(folder_paths.get_user_directory()) / TUNED_FILE

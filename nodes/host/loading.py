@@ -104,7 +104,8 @@ def _files(path: Path, component: str) -> list[Path]:
 def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_path: Path) -> Loaded:
     device = comfy.model_management.get_torch_device()
     dtype = PRECISIONS[request.precision] or _automatic_dtype(device)
-    attention = resolve(request.attention, device, dtype, int(source.config.get("attention_head_dim", 128)))
+    head_dim = int(source.config.get("attention_head_dim", 128))
+    attention = resolve(request.attention, device, dtype, head_dim, folders.tuned_attention())
     # The model first, because it takes no memory yet and tells whether the files fit.
     latents = statistics(vae_path) if vae_path.is_dir() else None
     model = make_model(source, dtype, latents, attention, keep_on_card=request.offload == "none")
@@ -178,8 +179,12 @@ def _notes(source: TransformerSource, dtype: torch.dtype, attention, model: Shel
         f"{source.label} ({version}), {str(dtype).removeprefix('torch.')}, {weights_size(model) / 2**30:.2f} GiB,"
         f" attention {attention.name}"
     ]
-    if attention.fell_back:
+    if attention.fell_back and attention.wanted != "auto":
         notes.append(f"Warning: attention {attention.name} runs instead of {attention.wanted}: {attention.why}")
+    elif attention.fell_back:
+        notes.append(f"Warning: attention {attention.name} was chosen automatically: {attention.why}")
+    else:
+        notes.append(f"Attention {attention.name}: {attention.why}")
     if dtype == torch.float16:
         notes.append("Warning: fp16 overflows in this model on many pictures; a result with NaN is refused.")
     return notes

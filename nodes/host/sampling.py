@@ -116,10 +116,15 @@ def check_finite(samples: torch.Tensor, model) -> None:
         return
     transformer: HostTransformer = model.model.diffusion_model
     dtype = str(transformer.dtype).removeprefix("torch.")
-    hint = "fp16 overflows in this model; choose bf16." if dtype == "float16" else "Choose attention 'pytorch'."
+    attention = transformer.attention.name
+    hint = ""
+    if dtype == "float16":
+        hint = " fp16 overflows in this model; choose bf16."
+    elif attention not in ("pytorch", "math"):
+        hint = " Choose attention 'pytorch'."
     raise ValueError(
         f"{NAN} The result holds NaN or infinity, so no picture was made from it. Precision {dtype}, attention"
-        f" {transformer.attention.name}. {hint} If a LoRA is active, try without it."
+        f" {attention}.{hint} If a LoRA is active, try without it."
     )
 
 

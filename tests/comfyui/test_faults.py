@@ -568,11 +568,19 @@ def test_a_model_of_another_kind_is_refused(client, graph, good):
 # Choices of the loader
 
 
-@pytest.mark.parametrize("attention", ["cudnn", "xformers", "sage", "flash"])
+@pytest.mark.parametrize("attention", ["cudnn", "sage", "flash4"])
 def test_attention_that_does_not_run_here_falls_back_visibly(client, graph, good, attention):
     result = run_fresh(client, changed(graph, "loader", attention=attention))
     assert f"Warning: attention pytorch runs instead of {attention}" in note(result, "loader")
     assert np.array_equal(client.arrays(result)[0], good)
+
+
+def test_the_loader_says_which_attention_runs_and_why(client, graph, good):
+    result = run_fresh(client, changed(graph, "loader", attention="math"))
+    assert "Attention math: as asked" in note(result, "loader")
+    assert "Warning" not in note(result, "loader")
+    # another order of additions in float32, at most one step of 255 after the VAE
+    assert np.abs(client.arrays(result)[0].astype(int) - good.astype(int)).max() <= 1
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
