@@ -3,9 +3,9 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
-from ..qwen_edit.errors import INPUT
+from ..qwen_edit.precision import PRECISIONS, PROFILES
 from .host import folders
-from .host.request import OFFLOAD, PRECISIONS, PROFILES, VERSIONS, LoadRequest
+from .host.request import OFFLOAD, VERSIONS, LoadRequest
 
 
 class QwenEditLoader(io.ComfyNode):
@@ -40,15 +40,16 @@ class QwenEditLoader(io.ComfyNode):
                     "profile",
                     options=list(PROFILES),
                     default="auto",
-                    tooltip="What the advanced choices at auto mean. In this version both are bf16 on a GPU and fp32 on the CPU;"
-                    " profiles for 8 and 4 bit come with the kernels that make them fast.",
+                    tooltip="quality: bf16. fast: fp8 (RTX 40 and later, H100), else int8. small: 4 bit, for cards below 16 GB,"
+                    " visibly less exact. auto: the first of these that fits on the card; on the CPU quality.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: bf16 on a GPU, fp32 on the CPU. fp16 overflows in this model on many pictures.",
+                    tooltip="auto: as the profile says. fp8, int8 and w4a4 (4 bit) quantize a bf16 file while it is read; what does"
+                    " not run here falls back, and the node says so. fp16 overflows in this model on many pictures.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -96,11 +97,9 @@ class QwenEditLoader(io.ComfyNode):
         offload="auto",
         model_version="auto",
     ) -> io.NodeOutput:
-        if profile not in PROFILES:
-            raise ValueError(f"{INPUT} profile is {profile!r}; it must be one of {', '.join(PROFILES)}.")
         from .host.loading import load  # brings diffusers: only when a node runs
 
-        loaded = load(LoadRequest(model, text_encoder, vae, precision, attention, offload, model_version))
+        loaded = load(LoadRequest(model, text_encoder, vae, profile, precision, attention, offload, model_version))
         return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(loaded.notes)))
 
     @classmethod

@@ -6,6 +6,7 @@ prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffus
 """
 
 import json
+import math
 import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import WEIGHTS
-from .quantize import in_its_form
+from .quantize import StaysInRam, in_its_form, is_modulation
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -205,6 +206,16 @@ def weight_files(component: Path) -> list[Path]:
     return files
 
 
+def block_bytes(source: TransformerSource) -> int:
+    """Size in bf16 of the blocks' weights, those of the modulation left out."""
+    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+    return sum(
+        2 * math.prod(headers[path][stored]["shape"])
+        for name, (path, stored) in source.tensors.items()
+        if name.startswith("transformer_blocks.") and not is_modulation(name)
+    )
+
+
 def _refuse_other_architectures(path: Path, header: Mapping[str, dict], names: Mapping[str, str]) -> None:
     wanted = ("img_in.weight", "txt_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
     if all(name in names for name in wanted):
@@ -270,9 +281,10 @@ def fill(
     dtype: torch.dtype,
     device: torch.device,
     progress: Progress | None = None,
+    on_ram: Callable[[torch.Tensor], None] | None = None,
 ) -> None:
     """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``, and there into the
-    form of their modules (see ``quantize``), one tensor after the other.
+    form of their modules (see ``quantize``), one tensor after the other. ``on_ram`` gets each one that stays in RAM.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
@@ -285,12 +297,18 @@ def fill(
     total, done = sum(t.numel() for t in expected.values()) * dtype.itemsize, 0
     state = {}
     for path, entries in files.items():
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt", device=str(device)) as file, safe_open(path, framework="pt") as in_ram:
             for name, stored in entries:
-                tensor = file.get_tensor(stored)
+                module_name, _, parameter = name.rpartition(".")
+                module = model.get_submodule(module_name)
+                stays = isinstance(module, StaysInRam)
+                tensor = (in_ram if stays else file).get_tensor(stored)
                 _check_shape(source.label, name, tensor.shape, expected[name].shape)
-                module, _, parameter = name.rpartition(".")
-                state[name] = in_its_form(model.get_submodule(module), parameter, tensor.to(dtype))
+                # a copy, where the file's own pages could not be pinned
+                tensor = tensor.to(dtype, copy=stays and device.type != "cpu")
+                state[name] = in_its_form(module, parameter, tensor)
+                if stays and on_ram is not None:
+                    on_ram(tensor)
                 done += tensor.numel() * dtype.itemsize
                 if progress is not None:
                     progress(done, total)

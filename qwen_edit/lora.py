@@ -18,10 +18,11 @@ from safetensors.torch import load_file
 
 from .checkpoints import read_header
 from .errors import LORA
-from .transformer import LowRank, QwenEditTransformer
+from .linear import LowRank
+from .transformer import QwenEditTransformer
 
-# Linears whose addend the forward honours; a LoRA on others (timestep embedder, norm_out) is counted as skipped.
-HONOURED = ("img_in", "txt_in", "proj_out", "transformer_blocks.")
+# Linears whose addend the forward honours; a LoRA on others (the timestep embedder) is counted as skipped.
+HONOURED = ("img_in", "txt_in", "norm_out", "proj_out", "transformer_blocks.")
 
 
 @dataclass(frozen=True)

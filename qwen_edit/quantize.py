@@ -75,6 +75,19 @@ class RowwiseFP8Layout(QuantizedLayout):
 register_layout_class(ROWWISE_FP8, RowwiseFP8Layout)
 
 
+# What a weight takes in each form (None: bf16), as a share of its bf16 size.
+SHARE = {None: 1.0, "fp8": 0.5, "int8": 0.5, "w4a4": 0.26}
+
+
+class StaysInRam(nn.Linear):
+    """A linear whose weights stay in RAM wherever the model moves: they are read once for a schedule, and each copy is
+    made then."""
+
+    def _apply(self, fn, recurse=True):
+        leaves_ram = fn(torch.empty(0, dtype=self.weight.dtype)).device.type not in ("cpu", "meta")
+        return self if leaves_ram else super()._apply(fn, recurse)
+
+
 class QuantizedLinear(nn.Linear):
     """A linear whose weight is to be, or is, quantized, under the usual names.
 
@@ -106,20 +119,41 @@ def quantize_weight(weight: torch.Tensor, form: str) -> "QuantizedTensor":
 def keeps_full_precision(name: str) -> bool:
     """Whether the linear of this name (``transformer_blocks.3.attn.to_q``) is never quantized: everything outside the
     blocks, and the modulation, whose errors every token would share."""
-    return not name.startswith("transformer_blocks.") or "_mod." in name
+    return not name.startswith("transformer_blocks.") or is_modulation(name)
 
 
-def prepare(model: nn.Module, form: str) -> None:
-    """Make linears of ``QuantizedLinear`` where ``form`` is to be used; the weights are quantized when they are read."""
+def prepare(model: nn.Module, form: str | None) -> None:
+    """Replace linears of a transformer without weights: the blocks' by ones that quantize what is read for them to
+    ``form`` (None: none), those of the modulation by ones that stay in RAM."""
     for name, module in list(model.named_modules()):
-        # the products need channel counts of multiples of 16
-        sizes_fit = isinstance(module, nn.Linear) and module.in_features % 16 == module.out_features % 16 == 0
-        if not sizes_fit or keeps_full_precision(name):
+        if not isinstance(module, nn.Linear):
             continue
-        device, dtype = module.weight.device, module.weight.dtype
-        linear = QuantizedLinear(module.in_features, module.out_features, device=device, dtype=dtype)
-        linear.form = form
+        # the products need channel counts of multiples of 16
+        sizes_fit = module.in_features % 16 == module.out_features % 16 == 0
+        if is_modulation(name):
+            linear = StaysInRam(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
+        elif form is not None and sizes_fit and not keeps_full_precision(name):
+            linear = QuantizedLinear(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
+            linear.form = form
+        else:
+            continue
         model.set_submodule(name, linear.requires_grad_(False))
+
+
+def is_modulation(name: str) -> bool:
+    return ".img_mod." in name or ".txt_mod." in name
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """What the parameters take once they are read, those that stay in RAM left out."""
+    total = 0
+    for module in model.modules():
+        if isinstance(module, StaysInRam):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            to_come = isinstance(module, QuantizedLinear) and name == "weight" and parameter.is_meta
+            total += round(parameter.numel() * 2 * SHARE[module.form]) if to_come else parameter.nbytes
+    return total
 
 
 def in_its_form(module: nn.Module, parameter: str, tensor: torch.Tensor) -> torch.Tensor:

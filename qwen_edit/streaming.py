@@ -5,6 +5,8 @@ This is the plain version: each copy waits for the block before it. It is exact,
 
 import torch
 
+from .quantize import StaysInRam
+
 
 class BlockStream:
     """Brings one block after the other to ``device`` and puts the one before back. A context manager."""
@@ -23,6 +25,8 @@ class BlockStream:
         """Put the current block back and fetch block ``index``."""
         self._release()
         for module in self.blocks[index].modules():
+            if isinstance(module, StaysInRam):
+                continue
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.device != self.device:
                     self._kept.append((module, name, parameter))

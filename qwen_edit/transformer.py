@@ -54,6 +54,7 @@ class Forward:
         adapters: active LoRAs.
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
+        mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
     """
 
     attend: Attend
@@ -62,6 +63,7 @@ class Forward:
     adapters: Adapters = field(default_factory=dict)
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
+    mlp_rows: int | None = None
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
@@ -128,8 +130,11 @@ def _mlp(forward: Forward, stream: Stream, norm, mlp, modulation: Modulation) ->
     (up,), (down,) = forward.operands(mlp.net[0].proj), forward.operands(mlp.net[2])
     rows = stream.normalized(forward, norm, modulation, **forward.prologue([up]))
     dtype = stream.x.dtype
-    hidden = multiply_gelu(up, rows, dtype, forward.adapters, forward.kernels, **forward.prologue([down]))
-    stream.add(multiply(down, hidden, dtype, forward.adapters), modulation)
+    out = torch.empty((rows.data.shape[0], down.widths[0]), dtype=dtype, device=rows.data.device)
+    for part, target in zip(rows.split(forward.mlp_rows), out.split(forward.mlp_rows or len(out)), strict=True):
+        hidden = multiply_gelu(up, part, dtype, forward.adapters, forward.kernels, **forward.prologue([down]))
+        multiply(down, hidden, dtype, forward.adapters, target)
+    stream.add(out, modulation)
 
 
 def block_forward(

@@ -13,6 +13,7 @@ from ...qwen_edit.attention import CHOICES as ATTENTION
 from ...qwen_edit.attention import resolve
 from ...qwen_edit.checkpoints import (
     TransformerSource,
+    block_bytes,
     fingerprint,
     read_header,
     transformer_from_file,
@@ -20,14 +21,15 @@ from ...qwen_edit.checkpoints import (
     weight_files,
 )
 from ...qwen_edit.errors import INPUT, WEIGHTS
+from ...qwen_edit.kernels import FusedKernels, resolve_kernels
+from ...qwen_edit.precision import PRECISIONS, PROFILES, ROOM_FOR_ACTIVATIONS, Precision, resolve_precision
+from ...qwen_edit.quantize import stored_bytes
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .memory import Owner, ShellPatcher
 from .model import make_model
-from .request import OFFLOAD, PRECISIONS, VERSIONS, LoadRequest
+from .request import OFFLOAD, VERSIONS, LoadRequest
 from .vae import load_vae, statistics
-
-ROOM_FOR_ACTIVATIONS = 3 * 2**30  # bytes; 1024² with two references and guidance stays below
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def load(request: LoadRequest) -> Loaded:
         ValueError: a value that is not offered, or files that can't be used (see ``checkpoints``).
     """
     for what, value, offered in (
+        ("profile", request.profile, PROFILES),
         ("precision", request.precision, PRECISIONS),
         ("attention", request.attention, ATTENTION),
         ("offload", request.offload, OFFLOAD),
@@ -103,20 +106,22 @@ def _files(path: Path, component: str) -> list[Path]:
 
 def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_path: Path) -> Loaded:
     device = comfy.model_management.get_torch_device()
-    dtype = PRECISIONS[request.precision] or _automatic_dtype(device)
+    precision = _precision(request, source, device)
     head_dim = int(source.config.get("attention_head_dim", 128))
-    attention = resolve(request.attention, device, dtype, head_dim, folders.tuned_attention())
+    attention = resolve(request.attention, device, precision.dtype, head_dim, folders.tuned_attention())
+    kernels = resolve_kernels(device, precision.dtype, precision.activations)
     # The model first, because it takes no memory yet and tells whether the files fit.
     latents = statistics(vae_path) if vae_path.is_dir() else None
-    model = make_model(source, dtype, latents, attention, keep_on_card=request.offload == "none")
+    keep_on_card = request.offload == "none"
+    model = make_model(source, precision, latents, attention, kernels, keep_on_card=keep_on_card)
     too_large = request.offload == "auto" and _too_large(model, device)
     if too_large or request.offload == "stream":
-        model = make_model(source, dtype, latents, attention, stream=True)
+        model = make_model(source, precision, latents, attention, kernels, stream=True)
     clip = load_clip(encoder, keep_on_card=request.offload == "none") if encoder.is_dir() else _single_clip(encoder)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
-    notes = _notes(source, dtype, attention, model)
+    notes = _notes(source, precision, attention, kernels, model)
     if too_large:
         notes.append(
             f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
@@ -133,18 +138,20 @@ def _too_large(model: ShellPatcher, device: torch.device) -> bool:
 
 
 def weights_size(model: ShellPatcher) -> int:
-    """Bytes of all weights, wherever they are; a streaming patcher's own model_size counts what the card sees."""
-    return comfy.model_management.module_size(model.model.diffusion_model)
+    """Bytes of all weights, wherever they are, but for the modulation; a streaming patcher's own model_size counts what
+    the card sees."""
+    return stored_bytes(model.model.diffusion_model)
 
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:.1f} GiB"
 
 
-def _automatic_dtype(device: torch.device) -> torch.dtype:
-    if comfy.model_management.is_device_cpu(device) or not comfy.model_management.should_use_bf16(device):
-        return torch.float32
-    return torch.bfloat16
+def _precision(request: LoadRequest, source: TransformerSource, device: torch.device) -> Precision:
+    bf16 = not comfy.model_management.is_device_cpu(device) and comfy.model_management.should_use_bf16(device)
+    half = torch.bfloat16 if bf16 else torch.float32
+    memory = comfy.model_management.get_total_memory(device)
+    return resolve_precision(request.precision, request.profile, device, half, block_bytes(source), memory)
 
 
 def _single_clip(path: Path) -> comfy.sd.CLIP:
@@ -173,18 +180,26 @@ def _header_of(path: Path, key: str, shape: list[int] | None, what: str) -> None
         raise ValueError(f"{WEIGHTS} {path.name} is not {what}: {tensor} {key}.")
 
 
-def _notes(source: TransformerSource, dtype: torch.dtype, attention, model: ShellPatcher) -> list[str]:
+def _notes(
+    source: TransformerSource, precision: Precision, attention, kernels: FusedKernels, model: ShellPatcher
+) -> list[str]:
     version = "2511" if source.config.get("zero_cond_t") else "2509"
     notes = [
-        f"{source.label} ({version}), {str(dtype).removeprefix('torch.')}, {weights_size(model) / 2**30:.2f} GiB,"
-        f" attention {attention.name}"
+        f"{source.label} ({version}), {precision.name}, {weights_size(model) / 2**30:.2f} GiB, attention {attention.name},"
+        f" kernels {kernels.name}"
     ]
+    if precision.fell_back:
+        notes.append(f"Warning: precision {precision.name} runs instead of {precision.wanted}: {precision.why}")
+    elif precision.wanted == "auto":
+        notes.append(f"Precision {precision.name}: {precision.why}")
     if attention.fell_back and attention.wanted != "auto":
         notes.append(f"Warning: attention {attention.name} runs instead of {attention.wanted}: {attention.why}")
     elif attention.fell_back:
         notes.append(f"Warning: attention {attention.name} was chosen automatically: {attention.why}")
     else:
         notes.append(f"Attention {attention.name}: {attention.why}")
-    if dtype == torch.float16:
+    if kernels.fell_back:
+        notes.append(f"Warning: {kernels.why}. The forward is slower.")
+    if precision.dtype == torch.float16:
         notes.append("Warning: fp16 overflows in this model on many pictures; a result with NaN is refused.")
     return notes

@@ -12,8 +12,9 @@ import comfy.model_management
 import torch
 
 from ...qwen_edit.checkpoints import fingerprint
+from ...qwen_edit.linear import NO_ADAPTERS, Adapters, LowRank
 from ...qwen_edit.lora import read_lora
-from ...qwen_edit.transformer import NO_ADAPTERS, Adapters, LowRank
+from ...qwen_edit.quantize import is_modulation
 from .memory import Owner, ShellPatcher
 
 LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's additional models
@@ -27,6 +28,7 @@ class ResidentLora(torch.nn.Module):
     def __init__(self, path: Path, model_config: Mapping[str, object], dtype: torch.dtype):
         super().__init__()
         self.path, self.model_config, self.dtype = path, model_config, dtype
+        self.fingerprint = fingerprint([path])
         self.device: torch.device | None = None
         self.weights = torch.nn.ParameterDict()
         self.scales: dict[str, float] = {}
@@ -132,3 +134,13 @@ def active_adapters(transformer, transformer_options: Mapping) -> Adapters:
         for name in item.lora.scales:
             adapters.setdefault(transformer.get_submodule(name), []).append(item.lora.layer(name, item.strength))
     return adapters
+
+
+def modulation_key(transformer_options: Mapping) -> tuple:
+    """Names the LoRAs that change the modulation of this MODEL, and how strongly."""
+    stack: LoraStack = transformer_options.get(LORAS, LoraStack())
+    return tuple(
+        (item.lora.fingerprint, item.strength)
+        for item in stack.active
+        if any(name == "norm_out.linear" or is_modulation(name) for name in item.lora.scales)
+    )

@@ -1,6 +1,7 @@
 """Our transformer as a MODEL of ComfyUI: a ``QwenImage`` whose ``diffusion_model`` is diffusers' transformer."""
 
 import logging
+from dataclasses import replace
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -14,12 +15,18 @@ import torch
 from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
+from ...qwen_edit.kernels import FusedKernels
+from ...qwen_edit.modulation import ModulationCache
+from ...qwen_edit.precision import Precision
+from ...qwen_edit.quantize import prepare
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.streaming import BlockStream
-from ...qwen_edit.transformer import QwenEditTransformer, denoise
-from .lora import active_adapters
+from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
+from . import notes
+from .lora import active_adapters, modulation_key
 from .memory import ShellPatcher
-from .streaming import StreamingPatcher
+from .pinning import BackgroundPins
+from .transformer_patcher import StreamingPatcher, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
 REFERENCE_METHODS = ("index", "index_timestep_zero")
@@ -29,6 +36,10 @@ class HostTransformer(QwenEditTransformer):
     """The engine's transformer with ComfyUI's calling convention."""
 
     attention: KernelChoice
+    kernels: FusedKernels
+    precision: Precision
+    modulation: ModulationCache
+    weights_version: object = None  # changes with the patches in the weights
     streamed = False  # whether the blocks stay in RAM between their turns
 
     def forward(
@@ -95,22 +106,52 @@ class HostTransformer(QwenEditTransformer):
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
         references = ref_latents or []
-        tokens, grids = zip(*(_pack(latents) for latents in (x, *references)), strict=True)
+        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
+        positions = transformer_options.get(POSITIONS, "comfyui")
+        sigmas = transformer_options.get("sample_sigmas")
+        # diffusers rounds the timestep to the model's dtype; ComfyUI does not
+        rounded = x.dtype if positions == "diffusers" else torch.float32
+        method = ref_latents_method
         with BlockStream(self.transformer_blocks, x.device) as stream:
-            velocity = denoise(
-                self,
-                torch.cat(tokens, dim=1),
-                timesteps,
-                context,
-                grids,
-                attend=self.attention.attend,
-                positions=transformer_options.get(POSITIONS, "comfyui"),
-                text_mask=attention_mask,
-                zero_cond_t=None if ref_latents_method is None else ref_latents_method == "index_timestep_zero",
+            forward = Forward(
+                self.attention.attend,
+                self.kernels,
                 adapters=active_adapters(self, transformer_options),
+                positions=positions,
                 before_block=stream.before if self.streamed else None,
             )
-        return _unpack(velocity, grids[0], x.shape)
+            velocity = with_less_memory_if_needed(
+                forward,
+                lambda forward: denoise(
+                    self,
+                    torch.cat(tokens, dim=1),
+                    timesteps.to(rounded),
+                    context,
+                    grids,
+                    forward,
+                    axes_dims=tuple(self.config.axes_dims_rope),
+                    zero_cond_t=self.config.zero_cond_t if method is None else method == "index_timestep_zero",
+                    text_mask=attention_mask,
+                    modulation=self.modulation,
+                    modulation_key=(self.weights_version, modulation_key(transformer_options)),
+                    schedule=() if sigmas is None else sigmas.to(rounded).tolist(),
+                ),
+            )
+        return unpack_latents(velocity, grids[0], x.shape)
+
+
+ROWS_WHEN_SHORT = 2048
+
+
+def with_less_memory_if_needed(forward: Forward, run):
+    """``run(forward)``, and if memory runs out once more with the MLPs in parts."""
+    try:
+        return run(forward)
+    except torch.OutOfMemoryError:
+        pass  # outside, so that the tensors of the failed run are free
+    comfy.model_management.soft_empty_cache()
+    notes.say("Out of memory: trying once more with the MLPs in parts, which is a little slower.")
+    return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
 
 
 def _refuse_what_is_not_honoured(x, control, additional_t_cond, method, transformer_options) -> None:
@@ -137,7 +178,7 @@ def _refuse_what_is_not_honoured(x, control, additional_t_cond, method, transfor
         )
 
 
-def _pack(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+def pack_latents(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """``[B, C, 1, h, w]`` -> 2x2 patches ``[B, rows * columns, 4C]`` and (rows, columns); odd sides are padded."""
     padded = comfy.ldm.common_dit.pad_to_patch_size(latents, (1, 2, 2))
     rows, columns = padded.shape[-2] // 2, padded.shape[-1] // 2
@@ -145,7 +186,7 @@ def _pack(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (rows, columns)
 
 
-def _unpack(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+def unpack_latents(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     patches = tokens.unflatten(1, grid).unflatten(-1, (-1, 2, 2))  # B rows columns C 2 2
     latents = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).unsqueeze(2)
     return latents[..., : shape[-2], : shape[-1]]
@@ -159,24 +200,30 @@ class QwenEditModel(comfy.model_base.QwenImage):
     def __init__(
         self,
         source: TransformerSource,
-        dtype: torch.dtype,
+        precision: Precision,
         latent_format,
         attention: KernelChoice,
+        kernels: FusedKernels,
         stream: bool,
     ):
         config = comfy.supported_models.QwenImage(
-            {"image_model": "qwen_image", "disable_unet_model_creation": True, "dtype": dtype}
+            {"image_model": "qwen_image", "disable_unet_model_creation": True, "dtype": precision.dtype}
         )
         config.latent_format = latent_format
         super().__init__(config)
         self.source = source
+        self._pins = BackgroundPins()
         with torch.device("meta"):
             transformer = HostTransformer.from_config(dict(source.config)).eval()
         check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
-        self.diffusion_model = torch.nn.Module.to(transformer, dtype)
+        self.diffusion_model = torch.nn.Module.to(transformer, precision.dtype)
+        prepare(self.diffusion_model, precision.form)
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
+        self.diffusion_model.kernels = kernels
+        self.diffusion_model.precision = precision
+        self.diffusion_model.modulation = ModulationCache()
         self.diffusion_model.streamed = stream
 
     @property
@@ -189,12 +236,15 @@ class QwenEditModel(comfy.model_base.QwenImage):
         fill(
             self.diffusion_model,
             self.source,
-            self.diffusion_model.dtype,
+            self.diffusion_model.precision.dtype,
             device,
             lambda done, total: bar.update_absolute(round(100 * done / total)),
+            self._pins.add,
         )
 
     def empty(self) -> None:
+        self._pins.release()
+        self.diffusion_model.modulation.clear()
         torch.nn.Module.to(self.diffusion_model, "meta")
 
 
@@ -217,25 +267,26 @@ def latent_format(statistics: dict | None):
 
 def make_model(
     source: TransformerSource,
-    dtype: torch.dtype,
+    precision: Precision,
     statistics: dict | None,
     attention: KernelChoice,
+    kernels: FusedKernels,
     *,
     stream: bool = False,
     keep_on_card: bool = False,
 ) -> ShellPatcher:
-    """A MODEL whose weights are read when it is first used.
+    """A MODEL whose weights are read, and quantized, when it is first used.
 
     Args:
         stream: the blocks stay in RAM between their turns.
         keep_on_card: what ComfyUI unloads stays on the card, as with its --highvram.
     """
-    model = QwenEditModel(source, dtype, latent_format(statistics), attention, stream)
+    model = QwenEditModel(source, precision, latent_format(statistics), attention, kernels, stream)
     card = comfy.model_management.get_torch_device()
     if stream:  # the CPU, whatever ComfyUI's --highvram says
         return StreamingPatcher(model, load_device=card, offload_device=torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()
-    return ShellPatcher(model, load_device=card, offload_device=away)
+    return TransformerPatcher(model, load_device=card, offload_device=away)
 
 
 def with_positions(model, positions: Positions):

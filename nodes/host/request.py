@@ -2,12 +2,8 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from . import folders
 
-PRECISIONS = {"auto": None, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-PROFILES = ("auto", "quality")
 OFFLOAD = ("auto", "none", "text encoder", "stream")
 VERSIONS = {"auto": None, "2511": True, "2509": False}
 
@@ -19,6 +15,7 @@ class LoadRequest:
     model: str
     text_encoder: str = folders.FROM_MODEL
     vae: str = folders.FROM_MODEL
+    profile: str = "auto"
     precision: str = "auto"
     attention: str = "auto"
     offload: str = "auto"

@@ -115,15 +115,17 @@ def check_finite(samples: torch.Tensor, model) -> None:
     if torch.isfinite(samples).all():
         return
     transformer: HostTransformer = model.model.diffusion_model
-    dtype = str(transformer.dtype).removeprefix("torch.")
+    precision = transformer.precision
     attention = transformer.attention.name
     hint = ""
-    if dtype == "float16":
+    if precision.dtype == torch.float16:
         hint = " fp16 overflows in this model; choose bf16."
+    elif precision.form is not None:
+        hint = " Choose profile 'quality'."
     elif attention not in ("pytorch", "math"):
         hint = " Choose attention 'pytorch'."
     raise ValueError(
-        f"{NAN} The result holds NaN or infinity, so no picture was made from it. Precision {dtype}, attention"
+        f"{NAN} The result holds NaN or infinity, so no picture was made from it. Precision {precision.name}, attention"
         f" {attention}.{hint} If a LoRA is active, try without it."
     )
 

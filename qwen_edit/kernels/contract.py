@@ -24,6 +24,13 @@ class Rows:
         assert self.scale is None, "the prologue was not asked to keep the unquantized rows"
         return self.data
 
+    def split(self, count: int | None) -> "list[Rows]":
+        """Parts of at most ``count`` rows (None: one)."""
+        if count is None:
+            return [self]
+        columns = [(t.split(count) if t is not None else None) for t in (self.data, self.scale, self.full)]
+        return [Rows(*(None if c is None else c[i] for c in columns)) for i in range(len(columns[0] or ()))]
+
 
 @dataclass(frozen=True)
 class Modulation:

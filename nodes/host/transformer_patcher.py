@@ -1,0 +1,55 @@
+"""The transformer in ComfyUI's memory manager: whole on the card but for the modulation, or streamed block by block."""
+
+import comfy.model_management
+import comfy.utils
+
+from ...qwen_edit.linear import pack
+from ...qwen_edit.quantize import is_modulation, stored_bytes
+from .memory import ShellPatcher
+
+
+class TransformerPatcher(ShellPatcher):
+    """Leaves the modulation in RAM and lays out what is on the card for the forward."""
+
+    def model_size(self):
+        return stored_bytes(self.model.diffusion_model)
+
+    def load(self, device_to=None, *args, **kwargs):
+        super().load(device_to, *args, **kwargs)
+        transformer = self.model.diffusion_model
+        for key in self.patches:
+            if is_modulation(key):  # ComfyUI patches on the card
+                weight = comfy.utils.get_attr(self.model, key)
+                weight.data = weight.data.to("cpu")
+        transformer.weights_version = self.patches_uuid
+        for block in transformer.transformer_blocks:
+            attn = block.attn
+            pack([attn.to_q, attn.to_k, attn.to_v])
+            pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+
+    def unpatch_model(self, device_to=None, unpatch_weights=True):
+        super().unpatch_model(device_to, unpatch_weights)
+        if unpatch_weights:
+            self.model.diffusion_model.weights_version = None
+
+
+class StreamingPatcher(TransformerPatcher):
+    """Loads everything but the blocks onto the card; counts one block as loaded."""
+
+    def model_size(self):
+        transformer = self.model.diffusion_model
+        blocks = transformer.transformer_blocks
+        return stored_bytes(transformer) - stored_bytes(blocks) + stored_bytes(blocks[0])
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if self.model.model_loaded_weight_memory and self.model.current_weight_patches_uuid == self.patches_uuid:
+            self.unpatch_model(None, unpatch_weights=False)  # object patches of the clone before
+            self.patch_model(load_weights=False)
+            return 0
+        super().partially_load(self.offload_device, extra_memory, force_patch_weights)
+        for name, child in self.model.diffusion_model.named_children():
+            if name != "transformer_blocks":
+                child.to(device_to)
+        self.model.device = device_to
+        self.model.model_loaded_weight_memory = self.model_size()
+        return self.model_size()

@@ -1,0 +1,95 @@
+"""In what precision the transformer runs: what was asked for, what the card can do, and why."""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import quantize
+from .quantize import FORMATS, SHARE
+
+# Append only: saved workflows hold these names.
+PRECISIONS = ("auto", "bf16", "fp16", "fp32", *FORMATS)
+PROFILES = ("auto", "quality", "fast", "small")
+FLOATS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+LEAST_CAPABILITY = {"fp8": (8, 9), "int8": (7, 5), "w4a4": (7, 5)}
+ROOM_FOR_ACTIVATIONS = 3 * 2**30  # bytes; 1024² with two references and guidance stays below
+
+
+@dataclass(frozen=True)
+class Precision:
+    """``dtype`` is that of activations and of what is not quantized; ``form`` one of ``quantize.FORMATS`` or None."""
+
+    wanted: str
+    dtype: torch.dtype
+    form: str | None
+    why: str
+    fell_back: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.form or str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+    @property
+    def activations(self) -> torch.dtype | None:
+        """What activations are quantized to before our own products."""
+        return {"fp8": quantize.FP8, "int8": quantize.INT8}.get(self.form or "")
+
+
+def resolve_precision(
+    precision: str, profile: str, device: torch.device, half: torch.dtype, block_bytes: int, memory: int
+) -> Precision:
+    """What to run; a table, so that equal machines choose equally.
+
+    Args:
+        precision: one of ``PRECISIONS``; auto leaves it to the profile.
+        profile: one of ``PROFILES``. quality: not quantized. fast: fp8, on cards without it int8. small: 4-bit. auto: the
+            first of quality, fast and small that fits on the card; quality on the CPU.
+        half: the dtype that the device runs float models in (bf16; fp32 where that is not possible).
+        block_bytes: size of the blocks' linears in bf16.
+        memory: of the device, in bytes.
+    """
+    if precision in FLOATS:
+        return Precision(precision, FLOATS[precision], None, "as asked")
+    if precision in FORMATS:
+        problem = _problem(precision, device)
+        if problem is None:
+            return Precision(precision, half, precision, "as asked")
+        form = "int8" if precision == "fp8" and _problem("int8", device) is None else None
+        return Precision(precision, half, form, f"{precision} does not run here: {problem}", fell_back=True)
+    if profile == "quality" or (profile == "auto" and device.type == "cpu"):
+        return Precision("auto", half, None, "not quantized")
+    fast = next((form for form in ("fp8", "int8") if _problem(form, device) is None), None)
+    if profile == "fast":
+        if fast is None:
+            return Precision("auto", half, None, f"no 8-bit form runs here: {_problem('fp8', device)}", fell_back=True)
+        return Precision("auto", half, fast, "the fastest form of this card")
+    if profile == "small":
+        problem = _problem("w4a4", device)
+        if problem is None:
+            return Precision("auto", half, "w4a4", "the smallest form")
+        return Precision("auto", half, fast, f"4 bit does not run here: {problem}", fell_back=True)
+    for form, what in (
+        (None, "not quantized"),
+        (fast, "bf16 does not fit on this card"),
+        ("w4a4", "8 bit does not fit"),
+    ):
+        if form is not None and _problem(form, device) is not None:
+            continue
+        if block_bytes * SHARE[form] + ROOM_FOR_ACTIVATIONS <= memory:
+            return Precision("auto", half, form, what)
+    return Precision("auto", half, fast, "no form fits on this card as a whole")
+
+
+def _problem(form: str, device: torch.device) -> str | None:
+    """Why a form can't be used on a device, or None. On the CPU all run, as float products."""
+    if quantize.MISSING is not None:
+        return quantize.MISSING
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        return f"no product of 8-bit numbers is known for {device.type}"
+    capability, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY[form]
+    if capability < least:
+        return f"it needs compute capability {least[0]}.{least[1]}, this card has {capability[0]}.{capability[1]}"
+    return None
