@@ -5,6 +5,8 @@ ComfyUI's own, so its memory manager, its casts and its tiling see no difference
 frames than one take ComfyUI's path.
 """
 
+from typing import Any
+
 import comfy.ops
 import comfy.sd
 import torch
@@ -37,7 +39,7 @@ def run_pictures_in_2d(vae: comfy.sd.VAE) -> None:
     vae.first_stage_model.decoder.__class__ = PictureDecoder
 
 
-def _run_stages(first: CausalConv3d, blocks: list[nn.Module], head: nn.Sequential, x: torch.Tensor) -> torch.Tensor:
+def _run_stages(first: CausalConv3d, blocks: list[Any], head: Any, x: torch.Tensor) -> torch.Tensor:
     x = _convolve(first, x[:, :, 0].contiguous(memory_format=torch.channels_last))
     for block in blocks:
         if isinstance(block, ResidualBlock):
