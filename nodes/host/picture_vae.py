@@ -1,6 +1,6 @@
 """ComfyUI's video VAE (``comfy.ldm.wan.vae``) on single pictures as the 2D network that it then is.
 
-Encoder and decoder of one VAE become instances of the subclasses below. Modules, parameters and their names stay
+One VAE's network, its encoder and its decoder become instances of the subclasses below. Modules, parameters and their names stay
 ComfyUI's own, so its memory manager, its casts and its tiling see no difference; other VAEs are not touched, and more
 frames than one take ComfyUI's path.
 """
@@ -10,7 +10,7 @@ from typing import Any
 import comfy.ops
 import comfy.sd
 import torch
-from comfy.ldm.wan.vae import AttentionBlock, CausalConv3d, Decoder3d, Encoder3d, Resample, ResidualBlock
+from comfy.ldm.wan.vae import AttentionBlock, CausalConv3d, Decoder3d, Encoder3d, Resample, ResidualBlock, WanVAE
 from torch import nn
 from torch.nn.functional import silu
 
@@ -33,8 +33,26 @@ class PictureDecoder(Decoder3d):
         return [_run_stages(self.conv1, [*self.middle, *self.upsamples], self.head, x)]
 
 
+class PictureVAE(WanVAE):
+    """Writes into ComfyUI's own output tensor; by default ComfyUI converts on the CPU and copies there once more."""
+
+    comfy_has_chunked_io = True
+
+    def encode(self, x, device=None):
+        return super().encode(x if device is None else x.to(device))
+
+    def decode(self, z, output_buffer=None):
+        out = super().decode(z)
+        return out if output_buffer is None else output_buffer.copy_(out.to(output_buffer.dtype))
+
+    def decode_output_shape(self, shape):
+        batch, _, frames, height, width = shape
+        return batch, self.decoder.head[-1].out_channels, 4 * frames - 3, 8 * height, 8 * width
+
+
 def run_pictures_in_2d(vae: comfy.sd.VAE) -> None:
     """Single pictures of this VAE take the 2D form from now on. It must hold a ``comfy.ldm.wan.vae.WanVAE``."""
+    vae.first_stage_model.__class__ = PictureVAE
     vae.first_stage_model.encoder.__class__ = PictureEncoder
     vae.first_stage_model.decoder.__class__ = PictureDecoder
 

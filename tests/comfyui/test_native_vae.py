@@ -16,7 +16,7 @@ CODE = """
 import json
 import comfy.sd
 import comfy.utils
-from comfy.ldm.wan.vae import Decoder3d, Encoder3d
+from comfy.ldm.wan.vae import Decoder3d, Encoder3d, WanVAE
 from pack.nodes.host.picture_vae import PictureDecoder, PictureEncoder
 from pack.nodes.host.vae import load_single_vae, load_vae
 
@@ -71,7 +71,7 @@ with torch.inference_mode():
     result["patched"] = patched(folder)
 assert type(single.first_stage_model.encoder) is type(folder.first_stage_model.encoder) is PictureEncoder
 assert type(single.first_stage_model.decoder) is type(folder.first_stage_model.decoder) is PictureDecoder
-assert type(native.first_stage_model.encoder) is Encoder3d and type(native.first_stage_model.decoder) is Decoder3d
+assert type(native.first_stage_model) is WanVAE and type(native.first_stage_model.encoder) is Encoder3d and type(native.first_stage_model.decoder) is Decoder3d
 shapes = lambda vae: {name: tensor.shape for name, tensor in vae.get_sd().items()}
 assert shapes(folder) == shapes(single) == shapes(native)
 assert folder.model_size() == native.model_size()
