@@ -8,8 +8,8 @@ from .host.encoding import (
     MAX_SIDE,
     REFERENCE_SIZES,
     Edit,
+    Encoder,
     broadcast,
-    encode_edit,
     leave_card,
     split_batches,
 )
@@ -89,6 +89,7 @@ class QwenEditEncode(io.ComfyNode):
         if not given:
             raise ValueError(f"{INPUT} No picture is connected. Connect at least picture_1.")
         columns = {"prompt": prompt, "negative": negative, "width": width, "height": height, **given}
+        encoder = Encoder(clip[0], vae[0])
         results, notes = [], []
         for number, row in enumerate(broadcast(columns), 1):
             edit = Edit(
@@ -99,7 +100,7 @@ class QwenEditEncode(io.ComfyNode):
                 height=row["height"],
                 reference_size=reference_size[0],
             )
-            *result, said = encode_edit(clip[0], vae[0], edit)
+            *result, said = encoder.encode(edit)
             results.append(result)
             notes += [f"{number}: {note}" for note in said] if len(columns["prompt"]) > 1 else said
         leave_card(clip[0])

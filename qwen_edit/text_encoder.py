@@ -8,6 +8,7 @@ transformers 5 gives pictures one-dimensional positions (diffusers issue 14194).
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,16 @@ def as_plain_text(prompt: str) -> tuple[str, list[str]]:
     return plain, notes
 
 
+@dataclass
+class PreparedPictures:
+    """Pictures as the vision tower takes them. Prompts that share one of these share its run: the first one that is
+    encoded leaves ``features`` here."""
+
+    pixel_values: torch.Tensor  # [patches, C * 2 * 14 * 14]
+    image_grid_thw: torch.Tensor  # [pictures, 3], in patches
+    features: torch.Tensor | None = None  # [tokens, C]
+
+
 class FolderTextEncoder:
     """Tokenizer, processor and (once loaded) Qwen2.5-VL of a diffusers folder."""
 
@@ -70,7 +81,14 @@ class FolderTextEncoder:
         self.tokenizer = Qwen2Tokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
         self.image_processor = Qwen2VLImageProcessor.from_pretrained(folder / "processor", local_files_only=True)
 
-    def tokenize(self, text: str, pictures: Sequence[Image.Image] = (), template: str | None = None) -> dict:
+    def prepare(self, pictures: Sequence[Image.Image]) -> PreparedPictures | None:
+        """The pictures of one or several prompts; None without pictures."""
+        if not pictures:
+            return None
+        processed = self.image_processor(images=list(pictures), return_tensors="pt")
+        return PreparedPictures(processed["pixel_values"], processed["image_grid_thw"])
+
+    def tokenize(self, text: str, pictures: PreparedPictures | None = None, template: str | None = None) -> dict:
         """Model inputs for one prompt.
 
         Args:
@@ -78,8 +96,8 @@ class FolderTextEncoder:
             template: chat template with ``{}``; None: the edit template with pictures, the plain one without.
 
         Returns:
-            ``input_ids`` and the rest of Qwen2.5-VL's arguments, plus ``drop``: how many leading hidden states
-            belong to the template.
+            ``input_ids``, ``attention_mask`` and ``mm_token_type_ids`` as Qwen2.5-VL takes them, the ``pictures``,
+            and ``drop``: how many leading hidden states belong to the template.
 
         Raises:
             ValueError: the text has fewer placeholders than there are pictures.
@@ -88,15 +106,15 @@ class FolderTextEncoder:
         head, body = template.split(USER, 1)
         body, tail = body.split("{}", 1)
         body += text
-        processed = self.image_processor(images=list(pictures), return_tensors="pt") if pictures else {}
+        grids = pictures.image_grid_thw if pictures else ()
         merge = self.image_processor.merge_size**2
 
         ids = self._ids(head, special=True)
         plain = USER
-        for number, grid in enumerate(processed.get("image_grid_thw", ())):
+        for number, grid in enumerate(grids):
             placeholder = _PLACEHOLDER.match(body)
             if placeholder is None:
-                raise ValueError(f"{INPUT} There are {len(pictures)} pictures but {number} placeholders in the text.")
+                raise ValueError(f"{INPUT} There are {len(grids)} pictures but {number} placeholders in the text.")
             ids += self._ids(plain + (placeholder.group(1) or ""))
             ids += self._ids("<|vision_start|>", special=True)
             ids += self._ids("<|image_pad|>", special=True) * (int(grid.prod()) // merge)
@@ -111,7 +129,7 @@ class FolderTextEncoder:
             "attention_mask": torch.ones_like(input_ids),
             "mm_token_type_ids": (input_ids == image_pad).int(),
             "drop": len(self._ids(head + USER, special=True)),
-            **processed,
+            "pictures": pictures,
         }
 
     def _ids(self, text: str, special: bool = False) -> list[int]:
@@ -124,8 +142,16 @@ def encode(model: Any, inputs: dict) -> torch.Tensor:
     Args:
         model: ``Qwen2_5_VLForConditionalGeneration``; its language head is not run.
     """
-    inputs = dict(inputs)
-    drop = inputs.pop("drop")
-    parameter = next(model.parameters())
-    inputs = {k: v.to(parameter.device) for k, v in inputs.items()}
-    return model.model(**inputs).last_hidden_state[:, drop:]
+    inner = model.model
+    device = next(model.parameters()).device
+    arguments = {k: inputs[k].to(device) for k in ("input_ids", "attention_mask", "mm_token_type_ids")}
+    embeds = inner.get_input_embeddings()(arguments["input_ids"])
+    pictures: PreparedPictures | None = inputs["pictures"]
+    if pictures is not None:
+        grid = arguments["image_grid_thw"] = pictures.image_grid_thw.to(device)
+        if pictures.features is None:
+            seen = inner.get_image_features(pictures.pixel_values.to(device), grid)
+            pictures.features = torch.cat(seen.pooler_output)
+        places = arguments["mm_token_type_ids"].bool().unsqueeze(-1)
+        embeds = embeds.masked_scatter(places, pictures.features.to(embeds))
+    return inner(**arguments, inputs_embeds=embeds).last_hidden_state[:, inputs["drop"] :]

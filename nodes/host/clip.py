@@ -1,5 +1,7 @@
 """The text encoder of a diffusers folder as ComfyUI's CLIP."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,12 @@ import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
+from comfy.text_encoders.qwen_image import QwenImageTEModel
 
 from ...qwen_edit.checkpoints import read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
 from ...qwen_edit.pictures import to_pil
-from ...qwen_edit.text_encoder import FolderTextEncoder, encode
+from ...qwen_edit.text_encoder import FolderTextEncoder, PreparedPictures, encode
 from .memory import ShellPatcher
 
 OFFLOAD_AFTER_USE = "qwen_edit_offload_after_use"  # attachment on the patcher: leave the card after encoding
@@ -24,9 +27,13 @@ class FolderTokenizer:
         self.encoder = encoder
 
     def tokenize_with_weights(self, text, return_word_ids=False, llama_template=None, images=(), **kwargs):
-        """One prompt. ``images``: IMAGEs ``[1, H, W, C]``, float in [0, 1], already at the encoder's size."""
-        pictures = [to_pil(image[0, ..., :3]) for image in images]
+        """One prompt. ``images``: IMAGEs ``[1, H, W, C]``, float in [0, 1], already at the encoder's size, or what
+        ``prepare`` made of them."""
+        pictures = images if isinstance(images, PreparedPictures) else self.prepare(images)
         return self.encoder.tokenize(text, pictures, llama_template)
+
+    def prepare(self, images: Sequence[torch.Tensor]) -> PreparedPictures | None:
+        return self.encoder.prepare([to_pil(image[0, ..., :3]) for image in images])
 
     def state_dict(self):
         return {}
@@ -117,6 +124,40 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
     clip.apply_hooks_to_conds = None
     clip.tokenizer_options = {}
     return clip
+
+
+def shared_pictures(clip: comfy.sd.CLIP, images: Sequence[torch.Tensor]) -> Any:
+    """``images`` for ``clip.tokenize``, such that prompts tokenized with the same result share the work on them."""
+    return (clip.tokenizer.prepare(images) or ()) if isinstance(clip.tokenizer, FolderTokenizer) else images
+
+
+@contextmanager
+def vision_once(clip: comfy.sd.CLIP) -> Iterator[None]:
+    """While this is open, ComfyUI's own text encoder in ``clip`` looks at each picture once, whatever the prompts.
+
+    ComfyUI runs the vision tower from ``preprocess_embed`` of the encoder's module, once for each prompt and picture.
+    This puts a method that remembers in its place, on this one module, and takes it away at the end. The encoder of a
+    folder needs it not (see ``shared_pictures``); another kind, or a method that another pack has put there, is left
+    as it is.
+    """
+    model = clip.cond_stage_model
+    transformer = getattr(model, model.clip).transformer if isinstance(model, QwenImageTEModel) else None
+    if transformer is None or "preprocess_embed" in vars(transformer):
+        yield
+        return
+    look, seen = transformer.preprocess_embed, {}
+
+    def look_once(embed, device):
+        picture = embed["data"]
+        if id(picture) not in seen:
+            seen[id(picture)] = picture, look(embed, device)  # with the picture, so that its id stays its own
+        return seen[id(picture)][1]
+
+    transformer.preprocess_embed = look_once
+    try:
+        yield
+    finally:
+        del transformer.preprocess_embed
 
 
 def leave_card(clip: comfy.sd.CLIP) -> bool:

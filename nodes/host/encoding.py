@@ -1,28 +1,29 @@
 """One edit's instruction and pictures through ComfyUI's CLIP and VAE, of whichever loader."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
 import node_helpers
 import torch
+from PIL import Image
 
 from ...qwen_edit import pictures as pic
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
-from .clip import leave_card
+from .clip import leave_card, shared_pictures, vision_once
 
 __all__ = [
     "MAX_PICTURES",
     "MAX_SIDE",
     "REFERENCE_SIZES",
     "Edit",
+    "Encoder",
     "broadcast",
-    "encode_edit",
     "leave_card",
     "split_batches",
 ]
@@ -82,43 +83,79 @@ def broadcast(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, Any]]:
         yield {name: values[index] if len(values) == rows else values[0] for name, values in columns.items()}
 
 
-def encode_edit(clip, vae, edit: Edit) -> tuple[list, list, dict, list[str]]:
-    """Positive and negative conditioning, an empty LATENT, and notes for the node.
+class Encoder:
+    """Encodes edits one after the other, through one CLIP and one VAE, of whichever loader.
 
-    The vision-language encoder sees each picture at 384² area; the reference latents lie on the output's grid or at
-    one megapixel. Both are resized from 8-bit with LANCZOS, as diffusers' pipeline does.
-
-    Raises:
-        ValueError: a size that the model can't take, or a picture without pixels.
+    What two prompts or two successive edits have in common is done once; a picture is the same when it is the same
+    tensor. Results wait for one more edit only, so memory does not grow with the length of a list.
     """
-    originals = [pic.to_pil(to_rgb(picture)[0]) for picture in edit.pictures]
-    width, height, notes = output_size(edit.width, edit.height, originals[0].size)
-    if len(originals) > TESTED_PICTURES:
-        notes.append(f"Warning: {len(originals)} pictures; the model was trained with up to {TESTED_PICTURES}.")
 
-    references, vision = [], []
-    for number, original in enumerate(originals):
-        ratio = original.width / original.height
-        vision.append(pic.to_tensor(pic.resize(original, *_at_least_one(calculate_dimensions(VISION_AREA, ratio)))))
-        size = reference_size(edit.reference_size, number, ratio, width, height)
-        references.append(vae.encode(pic.to_tensor(pic.resize(original, *size))))
-        if size != original.size:
-            notes.append(f"Picture {number + 1}: {original.width}×{original.height} → {size[0]}×{size[1]}")
+    def __init__(self, clip, vae):
+        self.clip, self.vae = clip, vae
+        self._now: dict[Hashable, Any] = {}
+        self._before: dict[Hashable, Any] = {}
 
-    conditionings = []
-    for text in (edit.prompt, edit.negative):
-        plain, said = as_plain_text(text)
-        notes += said
-        tokens = clip.tokenize(with_pictures(plain, len(vision)), images=vision, llama_template=EDIT_TEMPLATE)
-        encoded = clip.encode_from_tokens_scheduled(tokens)
-        conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
-    samples = torch.zeros([1, 16, 1, height // 8, width // 8], device=comfy.model_management.intermediate_device())
-    return (
-        conditionings[0],
-        conditionings[1],
-        {"samples": samples},
-        [f"{width}×{height}", *dict.fromkeys(notes)],
-    )
+    def encode(self, edit: Edit) -> tuple[list, list, dict, list[str]]:
+        """Positive and negative conditioning, an empty LATENT, and notes for the node.
+
+        The vision-language encoder sees each picture at 384² area; the reference latents lie on the output's grid or
+        at one megapixel. Both are resized from 8-bit with LANCZOS, as diffusers' pipeline does.
+
+        Raises:
+            ValueError: a size that the model can't take, or a picture without pixels.
+        """
+        self._before, self._now = self._now, {}
+        sizes = [self._once(self._original, picture).size for picture in edit.pictures]
+        width, height, notes = output_size(edit.width, edit.height, sizes[0])
+        if len(sizes) > TESTED_PICTURES:
+            notes.append(f"Warning: {len(sizes)} pictures; the model was trained with up to {TESTED_PICTURES}.")
+
+        references = []
+        for number, (picture, own) in enumerate(zip(edit.pictures, sizes, strict=True)):
+            size = reference_size(edit.reference_size, number, own[0] / own[1], width, height)
+            references.append(self._once(self._reference, picture, size))
+            if size != own:
+                notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
+
+        conditionings = []
+        with vision_once(self.clip):
+            for text in (edit.prompt, edit.negative):
+                plain, said = as_plain_text(text)
+                notes += said
+                encoded = self._once(self._conditioning, plain, *edit.pictures)
+                conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
+        device = comfy.model_management.intermediate_device()
+        samples = torch.zeros([1, 16, 1, height // 8, width // 8], device=device)
+        return (
+            conditionings[0],
+            conditionings[1],
+            {"samples": samples},
+            [f"{width}×{height}", *dict.fromkeys(notes)],
+        )
+
+    def _once(self, make: Callable[..., Any], *given: Hashable) -> Any:
+        key = (make.__name__, *given)  # tensors hash by identity, and the key keeps them alive
+        if key not in self._now:
+            self._now[key] = self._before[key] if key in self._before else make(*given)
+        return self._now[key]
+
+    def _original(self, picture: torch.Tensor) -> Image.Image:
+        return pic.to_pil(to_rgb(picture)[0])
+
+    def _reference(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return self.vae.encode(pic.to_tensor(pic.resize(self._once(self._original, picture), *size)))
+
+    def _vision(self, *pictures: torch.Tensor) -> Any:
+        images = []
+        for original in (self._once(self._original, picture) for picture in pictures):
+            size = _at_least_one(calculate_dimensions(VISION_AREA, original.width / original.height))
+            images.append(pic.to_tensor(pic.resize(original, *size)))
+        return shared_pictures(self.clip, images)
+
+    def _conditioning(self, text: str, *pictures: torch.Tensor) -> list:
+        images = self._once(self._vision, *pictures)
+        tokens = self.clip.tokenize(with_pictures(text, len(pictures)), images=images, llama_template=EDIT_TEMPLATE)
+        return self.clip.encode_from_tokens_scheduled(tokens)
 
 
 def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int, list[str]]:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import comfy.model_management
 import comfy.sd
-import comfy.utils
 import folder_paths
 import torch
 
@@ -29,7 +28,7 @@ from .clip import OFFLOAD_AFTER_USE, load_clip
 from .memory import Owner, ShellPatcher
 from .model import make_model
 from .request import OFFLOAD, VERSIONS, LoadRequest
-from .vae import load_vae, statistics
+from .vae import load_single_vae, load_vae, statistics
 
 
 @dataclass(frozen=True)
@@ -166,9 +165,7 @@ def _single_clip(path: Path) -> comfy.sd.CLIP:
 
 def _single_vae(path: Path) -> comfy.sd.VAE:
     _header_of(path, "decoder.middle.0.residual.0.gamma", None, "the VAE of Qwen-Image")
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
-    vae.not_video = True
-    return vae
+    return load_single_vae(path)
 
 
 def _header_of(path: Path, key: str, shape: list[int] | None, what: str) -> None:

@@ -1,15 +1,17 @@
-"""The VAE of a diffusers folder as ComfyUI's VAE."""
+"""The VAE of a diffusers folder or a single file as ComfyUI's VAE, made for pictures."""
 
 import json
 from pathlib import Path
 
 import comfy.ldm.wan.vae
 import comfy.sd
+import comfy.utils
 import torch
 from safetensors.torch import load_file
 
 from ...qwen_edit.checkpoints import check_names, read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
+from .picture_vae import run_pictures_in_2d
 
 
 def statistics(folder: Path) -> dict | None:
@@ -37,7 +39,27 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     names = _comfy_names(config.get("base_dim", 96))
     check_names(f"{folder.name}/vae", names.keys(), state.keys())
     vae = comfy.sd.VAE(sd={comfy_name: state[name] for name, comfy_name in names.items()})
+    return _for_pictures(vae)
+
+
+def load_single_vae(path: Path) -> comfy.sd.VAE:
+    """ComfyUI's VAE with the weights of a single file in Wan's own names.
+
+    Raises:
+        ValueError: ComfyUI takes it for another VAE than Qwen-Image's.
+    """
+    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
+    if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
+        raise ValueError(
+            f"{WEIGHTS} {path.name} is not the VAE of Qwen-Image: ComfyUI reads it as"
+            f" {type(vae.first_stage_model).__module__}. Choose qwen_image_vae.safetensors."
+        )
+    return _for_pictures(vae)
+
+
+def _for_pictures(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     vae.not_video = True  # or an IMAGE batch of two would be encoded as a video
+    run_pictures_in_2d(vae)
     return vae
 
 
