@@ -1,5 +1,6 @@
 """The nodes of the pack, in the order in which an edit uses them."""
 
+from .accelerate import QwenEditAccelerate
 from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
@@ -9,6 +10,7 @@ from .sampler import QwenEditSampler, QwenEditStepPreset
 
 NODES = [
     QwenEditLoader,
+    QwenEditAccelerate,
     QwenEditSmartResize,
     QwenEditEncode,
     QwenEditLoraSwitch,

@@ -43,11 +43,16 @@ class WeightReader(Protocol):
         ...
 
 
+def runs_itself(module: nn.Module) -> bool:
+    """Whether somebody has replaced or hooked this one module's forward, which multiplying with its weight would skip."""
+    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 class Resident:
     """Weights that lie in their modules."""
 
     def read(self, module):
-        return module.weight, module.bias
+        return None if runs_itself(module) else (module.weight, module.bias)
 
     def release(self) -> None:
         pass

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from .kernels import Modulation
 from .linear import Adapters, WeightReader, low_rank
+from .quantize import QuantizedTensor
 
 ROWS_KEPT = 128  # 560 MB at full size; the table in use is kept whatever its size
 
@@ -96,6 +97,7 @@ def compute_table(
             y = linear(activated)
         else:
             weight, bias = (w if w is None else w.to(like.device, non_blocking=True) for w in read)
+            weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
             y = F.linear(activated, weight, bias)
         return low_rank(y, activated, adapters.get(linear, ()))
 

@@ -162,6 +162,11 @@ def in_its_form(module: nn.Module, parameter: str, tensor: torch.Tensor) -> torc
     return quantize_weight(tensor, module.form) if wanted else tensor
 
 
+def activation_dtype(layout: str) -> torch.dtype | None:
+    """What activations are quantized to before a product with weights of this layout; None: not by us."""
+    return FP8 if layout in FP8_LAYOUTS else INT8 if layout == INT8_LAYOUT else None
+
+
 def plain_parts(weight: "QuantizedTensor") -> tuple[torch.Tensor, torch.Tensor] | None:
     """Data ``[N, K]`` and scales ``[N, 1]`` of a weight that ``quantized_matmul`` takes; None for other forms."""
     layout, params = weight._layout_cls, weight._params

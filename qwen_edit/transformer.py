@@ -115,7 +115,7 @@ def _project(forward: Forward, stream: Stream, norm, modulation, linears, norms,
     else:
         each = (multiply(o, rows, dtype, forward.adapters) for o in operands)
         q, k, v = (y.view(batch, tokens, heads, dim) for y in each)
-    weight_q, weight_k = (forward.weights.read(m)[0] for m in norms)
+    weight_q, weight_k = ((forward.weights.read(m) or (m.weight, None))[0] for m in norms)
     forward.kernels.qk_norm_rope(q, k, v, weight_q, weight_k, rope, out, eps=norms[0].eps)
 
 

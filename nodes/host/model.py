@@ -154,7 +154,8 @@ def with_less_memory_if_needed(forward: Forward, run):
     return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
 
 
-def _refuse_what_is_not_honoured(x, control, additional_t_cond, method, transformer_options) -> None:
+def not_honoured(x, control, additional_t_cond, method, transformer_options) -> list[str]:
+    """What is asked of a forward that ours does not do."""
     problems = []
     if control is not None:
         problems.append("a ControlNet")
@@ -162,19 +163,22 @@ def _refuse_what_is_not_honoured(x, control, additional_t_cond, method, transfor
     if any(transformer_options.get("patches_replace", {}).values()):
         problems.append("replaced blocks or attention")
     if "optimized_attention_override" in transformer_options:
-        problems.append("an attention override (choose the attention on the loader instead)")
+        problems.append("an attention override (choose the attention on our node instead)")
     if additional_t_cond is not None:
         problems.append("additional timestep conditioning")
     if method is not None and method not in REFERENCE_METHODS:
         problems.append(f"the reference method {method!r} (it knows {' and '.join(REFERENCE_METHODS)})")
+    if x.ndim != 5 or x.shape[2] != 1:
+        problems.append(f"latents of {list(x.shape)} (it edits pictures: [B, 16, 1, height/8, width/8])")
+    return problems
+
+
+def _refuse_what_is_not_honoured(*asked) -> None:
+    problems = not_honoured(*asked)
     if problems:
         raise ValueError(
             f"{INPUT} This MODEL comes from QwenEditLoader, whose forward does not support {', '.join(problems)}. Remove"
             " it, or load the model with ComfyUI's own loader."
-        )
-    if x.ndim != 5 or x.shape[2] != 1:
-        raise ValueError(
-            f"{INPUT} The latents are {list(x.shape)}; this model edits pictures: [B, 16, 1, height/8, width/8]."
         )
 
 

@@ -41,7 +41,15 @@ names = native.load_state_dict(ours.state_dict(), strict=False)
 assert not names.unexpected_keys and names.missing_keys in ([], ["__index_timestep_zero__"]), names
 
 
-def run(model, grids, batch, method, mask):
+from types import SimpleNamespace
+import comfy.patcher_extension
+from pack.nodes.host.accelerate import AcceleratedForward
+
+wrapper = AcceleratedForward(ours.attention, REFERENCE, SimpleNamespace(model=SimpleNamespace(current_weight_patches_uuid=None)))
+ours_over_native = dict(wrappers={comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL: {"k": [wrapper]}})
+
+
+def run(model, grids, batch, method, mask, transformer_options={}):
     g = torch.Generator().manual_seed(1)
     x, *references = [torch.randn(batch, 16, 1, h, w, generator=g) for h, w in grids]
     timestep, text = torch.rand(batch, generator=g), torch.randn(batch, 9, 48, generator=g)
@@ -50,7 +58,7 @@ def run(model, grids, batch, method, mask):
         options["attention_mask"] = torch.tensor([[1] * 6 + [0] * 3] * batch)
     if mask == "additive":
         options["attention_mask"] = (options["attention_mask"] - 1) * torch.finfo(torch.float32).max
-    return model(x, timestep, text, ref_latents=references or None, transformer_options={}, **options)
+    return model(x, timestep, text, ref_latents=references or None, transformer_options=dict(transformer_options), **options)
 
 
 with torch.inference_mode():
@@ -59,9 +67,12 @@ with torch.inference_mode():
         for method in (None, "index", "index_timestep_zero"):
             for batch, mask in ((1, False), (2, False), (2, True), (2, "additive")):
                 theirs, mine = (run(model, grids, batch, method, mask) for model in (native, ours))
-                assert theirs.shape == mine.shape
+                over_native = run(native, grids, batch, method, mask, ours_over_native)
+                assert theirs.shape == mine.shape == over_native.shape
                 scale = theirs.abs().max().item()
-                result[f"{name}, {method}, batch {batch}, mask {mask}"] = (theirs - mine).abs().max().item() / scale
+                for who, got in (("loader", mine), ("accelerate", over_native)):
+                    case = f"{name}, {method}, batch {batch}, mask {mask}, {who}"
+                    result[case] = (theirs - got).abs().max().item() / scale
     one = run(ours, [(8, 12), (8, 12)], 1, "index", False)
     other = run(ours, [(8, 12), (8, 12)], 1, "index_timestep_zero", False)
     moved = (one - other).abs().max().item() / one.abs().max().item()
@@ -78,7 +89,7 @@ def differences(host):
 @pytest.mark.parametrize("grids", GRIDS)
 def test_forward_equals_the_native_one(differences, grids):
     compared = {name: error for name, error in differences[0].items() if name.startswith(f"{grids},")}
-    assert len(compared) == 12
+    assert len(compared) == 24
     assert max(compared.values()) < TOLERANCE, compared
 
 

@@ -1,0 +1,35 @@
+"""QwenEditAccelerate: the fast forward for a MODEL from any loader."""
+
+from comfy_api.latest import io, ui
+
+from ..qwen_edit.attention import CHOICES as ATTENTION
+
+
+class QwenEditAccelerate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="QwenEditAccelerate",
+            display_name="Qwen Edit Accelerate",
+            category="Qwen Edit Fast",
+            description="Makes an existing Qwen-Image-Edit workflow faster: put it between the model loader (and LoRA"
+            " loaders) and the sampler. The weights stay as they were loaded.",
+            inputs=[
+                io.Model.Input("model", tooltip="From any loader: Load Diffusion Model, checkpoints, GGUF."),
+                io.Combo.Input(
+                    "attention",
+                    options=list(ATTENTION),
+                    default="auto",
+                    advanced=True,
+                    tooltip="As on Qwen Edit Loader.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="MODEL")],
+        )
+
+    @classmethod
+    def execute(cls, model, attention="auto") -> io.NodeOutput:
+        from .host.accelerate import accelerate  # brings diffusers: only when a node runs
+
+        accelerated, lines = accelerate(model, attention)
+        return io.NodeOutput(accelerated, ui=ui.PreviewText("\n".join(lines)))

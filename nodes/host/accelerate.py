@@ -1,0 +1,198 @@
+"""Our forward over a MODEL that another loader made: a wrapper around its transformer's own forward.
+
+ComfyUI's transformer has diffusers' names, so ``denoise`` runs over its modules. Weights are read through ComfyUI's own
+casting, so offloading, DynamicVRAM and native LoRAs work as without us. What the forward does not honour runs
+natively, and the node that samples says why.
+"""
+
+from weakref import WeakKeyDictionary
+
+import comfy.model_management
+import comfy.ops
+import comfy.patcher_extension
+import torch
+from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy_execution.utils import get_executing_context
+
+from ...qwen_edit.attention import CHOICES, KernelChoice, resolve
+from ...qwen_edit.errors import INPUT
+from ...qwen_edit.kernels import FusedKernels, resolve_kernels
+from ...qwen_edit.linear import runs_itself
+from ...qwen_edit.modulation import ModulationCache
+from ...qwen_edit.quantize import QuantizedTensor, activation_dtype
+from ...qwen_edit.transformer import Forward, denoise
+from . import folders, notes
+from .model import HostTransformer, not_honoured, pack_latents, unpack_latents, with_less_memory_if_needed
+
+KEY = "qwen_edit_accelerate"
+REFERENCE_TIMESTEP_ZERO = "index_timestep_zero"
+
+# The modulation tables of each accelerated transformer; they go with it.
+_TABLES: WeakKeyDictionary[torch.nn.Module, ModulationCache] = WeakKeyDictionary()
+
+
+def accelerate(model, attention: str):
+    """A clone of ``model`` with our forward, and lines that say what will run.
+
+    Raises:
+        ValueError: a MODEL of another family, or an attention that is not offered.
+    """
+    if attention not in CHOICES:
+        raise ValueError(f"{INPUT} attention is {attention!r}; it must be one of {', '.join(CHOICES)}.")
+    transformer = model.get_model_object("diffusion_model")
+    if isinstance(transformer, HostTransformer):
+        return model, ["This MODEL comes from QwenEditLoader and has the fast forward already."]
+    if not isinstance(transformer, QwenImageTransformer2DModel):
+        raise ValueError(
+            f"{INPUT} This MODEL holds {type(transformer).__name__}. QwenEditAccelerate is for Qwen-Image and"
+            " Qwen-Image-Edit."
+        )
+    device, dtype = model.load_device, model.model.get_dtype_inference()
+    head_dim = transformer.transformer_blocks[0].attn.dim_head
+    choice = resolve(attention, device, dtype, head_dim, folders.tuned_attention())
+    form = quantized_form(transformer)
+    kernels = resolve_kernels(device, dtype, activation_dtype(form) if form is not None else None)
+    clone = model.clone()
+    clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY)
+    clone.add_wrapper_with_key(
+        comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, AcceleratedForward(choice, kernels, model)
+    )
+    return clone, _lines(dtype, form, choice, kernels)
+
+
+def quantized_form(transformer) -> str | None:
+    """comfy-kitchen's name for how the blocks' weights are quantized, by the first block's; None: they are not."""
+    weight = transformer.transformer_blocks[0].attn.to_q.weight
+    return weight._layout_cls if isinstance(weight, QuantizedTensor) else None
+
+
+def _lines(dtype: torch.dtype, form: str | None, choice: KernelChoice, kernels: FusedKernels) -> list[str]:
+    what = str(dtype).removeprefix("torch.")
+    if form is not None:
+        what += f", weights {form}"
+        if activation_dtype(form) is None:
+            what += " (multiplied by ComfyUI)"
+    lines = [f"{what}, attention {choice.name}, kernels {kernels.name}"]
+    if choice.fell_back:
+        lines.append(f"Warning: attention {choice.name} runs instead of {choice.wanted}: {choice.why}")
+    if kernels.fell_back:
+        lines.append(f"Warning: {kernels.why}. The forward is slower.")
+    return lines
+
+
+class AcceleratedForward:
+    """The wrapper: ComfyUI calls it with the transformer's own forward and its arguments."""
+
+    def __init__(self, attention: KernelChoice, kernels: FusedKernels, model):
+        self.attention, self.kernels = attention, kernels
+        self._inner = model.model  # knows which patches are in the weights
+        self._said: object = None
+
+    def __call__(
+        self,
+        executor,
+        x,
+        timesteps,
+        context,
+        attention_mask=None,
+        ref_latents=None,
+        additional_t_cond=None,
+        transformer_options={},  # noqa: B006 (ComfyUI's convention; never written to)
+        control=None,
+        ref_latents_method=None,
+        **kwargs,
+    ):
+        native = executor.class_obj
+        problems = not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
+        problems += _replaced_parts(native)
+        if problems:
+            self._say_once(f"Runs ComfyUI's own forward, because of {', '.join(problems)}.")
+            given = {"control": control, "ref_latents_method": ref_latents_method}
+            kwargs |= {name: value for name, value in given.items() if value is not None}
+            return executor(
+                x, timesteps, context, attention_mask, ref_latents, additional_t_cond, transformer_options, **kwargs
+            )
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if attention_mask is not None and attention_mask.is_floating_point():
+            attention_mask = attention_mask >= 0
+        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *(ref_latents or []))), strict=True)
+        sigmas = transformer_options.get("sample_sigmas")
+        method = ref_latents_method or native.default_ref_method
+        forward = Forward(self.attention.attend, self.kernels, CastWeights(x.device, x.dtype), positions="comfyui")
+        try:
+            velocity = with_less_memory_if_needed(
+                forward,
+                lambda forward: denoise(
+                    native,
+                    torch.cat(tokens, dim=1),
+                    timesteps.float(),
+                    context,
+                    grids,
+                    forward,
+                    axes_dims=tuple(native.pe_embedder.axes_dim),
+                    zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
+                    text_mask=attention_mask,
+                    modulation=_TABLES.setdefault(native, ModulationCache()),
+                    modulation_key=self._inner.current_weight_patches_uuid,
+                    schedule=() if sigmas is None else sigmas.float().tolist(),
+                ),
+            )
+        finally:
+            forward.weights.release()
+        return unpack_latents(velocity, grids[0], x.shape)
+
+    def _say_once(self, text: str) -> None:
+        """Once for each prompt; a prompt calls this at every step."""
+        context = get_executing_context()
+        occasion = (context.prompt_id if context is not None else None, text)
+        if occasion != self._said:
+            self._said = occasion
+            notes.say(text)
+
+
+def _replaced_parts(native) -> list[str]:
+    """Modules that the forward does not call as a whole, but whose own forward somebody has replaced or hooked."""
+    block_parts = ((block, block.attn, block.img_mlp, block.txt_mlp) for block in native.transformer_blocks)
+    return ["replaced blocks"] if any(runs_itself(part) for parts in block_parts for part in parts) else []
+
+
+class CastWeights:
+    """Weights of ComfyUI's modules as its own linears get them; held until ``release``."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype):
+        self.device, self.dtype = device, dtype
+        self._held: list[tuple] = []
+
+    def read(self, module):
+        weight = module.weight
+        quantized = isinstance(weight, QuantizedTensor)
+        # a tensor of another kind (GGUF), a smoothed input or a LoRA that bypasses the weight: the module's own business
+        known = quantized or type(weight) in (torch.Tensor, torch.nn.Parameter)
+        if not known or not hasattr(module, "comfy_cast_weights") or runs_itself(module) or _asks_for_more(module):
+            return None
+        cast, bias, stream = comfy.ops.cast_bias_weight(
+            module,
+            dtype=weight.dtype if quantized else self.dtype,
+            device=self.device,
+            bias_dtype=self.dtype,
+            offloadable=True,
+            compute_dtype=self.dtype,
+            want_requant=quantized,
+        )
+        if stream[0] is not None:  # came over the bus into a buffer that the next one will overwrite
+            copies = cast.clone(), None if bias is None else bias.clone()
+            comfy.ops.uncast_bias_weight(module, cast, bias, stream)
+            return copies
+        self._held.append((module, cast, bias, stream))
+        return cast, bias
+
+    def release(self) -> None:
+        for held in self._held:
+            comfy.ops.uncast_bias_weight(*held)
+        self._held.clear()
+
+
+def _asks_for_more(module) -> bool:
+    """What ComfyUI's quantized linears do besides multiplying."""
+    state = vars(module)
+    return bool(state.get("_full_precision_mm")) or state.get("pre_quant_scale") is not None
