@@ -1,11 +1,14 @@
-"""One edit at full size through ComfyUI's API: this pack beside ComfyUI's own nodes, same weights files, same server.
+"""One edit at full size through ComfyUI's API: this pack beside ComfyUI's own nodes, same weights, same server.
 
     python benchmarks/random_weights.py MODELS --comfyui PATH
-    python benchmarks/full_size.py --comfyui PATH --models MODELS [--name NAME]
+    python benchmarks/full_size.py --comfyui PATH --models MODELS [--engines "pack fp8,native fp8"] [--name NAME]
 
-Every edit has a new picture and a new prompt, so nothing is cached but the weights. "Lightning 4" runs without a
-LoRA: 4 steps without guidance, as a checkpoint with Lightning fused does. The first edit of each engine includes
-reading the weights ("cold"). Both graphs hold a QwenEditPerfLogger, whose record gives stages and steps.
+Engines: the pack in bf16, and in fp8 quantized from the same bf16 file; ComfyUI's own nodes with the bf16 file and with
+a file in the form of the official fp8mixed one; the latter two with QwenEditAccelerate. Every edit has a new picture and
+a new prompt, so nothing is cached but the weights. "Lightning 4" runs 4 steps without guidance, as a checkpoint with
+Lightning fused does; "with LoRA" adds one of rank 64 on every linear of the blocks. The first edit of each engine
+includes reading the weights ("cold"), the second shows what is left to warm up. All graphs hold a QwenEditPerfLogger,
+whose record gives stages and steps.
 """
 
 import argparse
@@ -30,8 +33,11 @@ from graphs import node
 
 from qwen_edit.perf import read_records, stage_table
 
-PACK, NATIVE = "qwen edit fast", "comfyui native"
+ENGINES = ("pack bf16", "pack fp8", "native bf16", "native fp8", "accelerate bf16", "accelerate fp8")
 PRESETS = {"standard": (40, 4.0), "Lightning 4": (4, 1.0)}
+WITH_LORA = ", with LoRA"
+LORA = "random_rank64.safetensors"
+SLOTS = 4  # of QwenEditLoraSwitch
 
 
 def picture(number: int, side: int) -> np.ndarray:
@@ -41,7 +47,29 @@ def picture(number: int, side: int) -> np.ndarray:
     return np.stack(waves, axis=-1) / 2 + 0.5
 
 
-def pack_graph(image: str, prompt: str, preset: str, steps: int, side: int, files: dict[str, str]) -> dict[str, Any]:
+def graph(engine: str, image: str, prompt: str, case: str, steps: int, side: int) -> dict[str, Any]:
+    kind, precision = engine.split()
+    preset = case.removesuffix(WITH_LORA)
+    make = pack_graph if kind == "pack" else native_graph
+    workflow = make(image, prompt, preset, precision, steps, side)
+    model = {"pack": "load", "native": "unet", "accelerate": "unet"}[kind]
+    sampler = workflow["sample" if kind == "pack" else "shift"]["inputs"]
+    if case.endswith(WITH_LORA):
+        if kind == "pack":
+            switch = {f"strength_{slot}": 1.0 for slot in range(1, SLOTS + 1)}
+            switch |= {f"lora_{slot}": LORA if slot == 1 else "none" for slot in range(1, SLOTS + 1)}
+            workflow["lora"] = node("QwenEditLoraSwitch", model=[model, 0], **switch)
+        else:
+            workflow["lora"] = node("LoraLoaderModelOnly", model=[model, 0], lora_name=LORA, strength_model=1.0)
+        model = "lora"
+    if kind == "accelerate":
+        workflow["accelerate"] = node("QwenEditAccelerate", model=[model, 0], attention="auto")
+        model = "accelerate"
+    sampler["model"] = [model, 0]
+    return workflow
+
+
+def pack_graph(image: str, prompt: str, preset: str, precision: str, steps: int, side: int) -> dict[str, Any]:
     del side  # the picture's own
     encode = {"clip": ["load", 1], "vae": ["load", 2], "prompt": prompt, "negative": " ", "width": 0, "height": 0}
     inputs = {"positive": ["encode", 0], "negative": ["encode", 1], "latent": ["encode", 2]}
@@ -50,11 +78,11 @@ def pack_graph(image: str, prompt: str, preset: str, steps: int, side: int, file
         "image": node("LoadImage", image=image),
         "load": node(
             "QwenEditLoader",
-            model=files["diffusion_models"],
-            text_encoder=files["text_encoders"],
-            vae=files["vae"],
+            model="random_diffusion_models.safetensors",
+            text_encoder="random_text_encoders.safetensors",
+            vae="random_vae.safetensors",
             profile="auto",
-            precision="auto",
+            precision=precision,
             attention="auto",
             offload="auto",
             model_version="auto",
@@ -67,16 +95,17 @@ def pack_graph(image: str, prompt: str, preset: str, steps: int, side: int, file
     }
 
 
-def native_graph(image: str, prompt: str, preset: str, steps: int, side: int, files: dict[str, str]) -> dict[str, Any]:
+def native_graph(image: str, prompt: str, preset: str, precision: str, steps: int, side: int) -> dict[str, Any]:
     """ComfyUI's own template for 2511, at the same number of steps and guidance."""
     encode = {"clip": ["clip", 0], "vae": ["vae", 0], "image1": ["image", 0]}
     sampler = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "seed": 1}
     conditioning = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
+    file = {"bf16": "random_diffusion_models.safetensors", "fp8": "random_fp8.safetensors"}[precision]
     return {
         "image": node("LoadImage", image=image),
-        "unet": node("UNETLoader", unet_name=files["diffusion_models"], weight_dtype="default"),
-        "clip": node("CLIPLoader", clip_name=files["text_encoders"], type="qwen_image", device="default"),
-        "vae": node("VAELoader", vae_name=files["vae"]),
+        "unet": node("UNETLoader", unet_name=file, weight_dtype="default"),
+        "clip": node("CLIPLoader", clip_name="random_text_encoders.safetensors", type="qwen_image", device="default"),
+        "vae": node("VAELoader", vae_name="random_vae.safetensors"),
         "positive": node("TextEncodeQwenImageEditPlus", prompt=prompt, **encode),
         "negative": node("TextEncodeQwenImageEditPlus", prompt=" ", **encode),
         "shift": node("ModelSamplingAuraFlow", model=["unet", 0], shift=3.1),
@@ -104,24 +133,32 @@ def after_sampling(latent: list, vae: list) -> dict[str, Any]:
 
 def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespace) -> list[dict[str, Any]]:
     """All edits, one engine after the other. Times in seconds, from queueing to the finished prompt."""
-    files = {kind: f"random_{kind}.safetensors" for kind in ("diffusion_models", "text_encoders", "vae")}
-    plan = ["Lightning 4", *["Lightning 4"] * options.repeat, *["standard"] * options.standard_repeat]
+    quick = "Lightning 4"
+    plan = [quick, *[quick] * options.repeat, *["standard"] * options.standard_repeat]
+    plan += [quick + WITH_LORA] * (options.lora_repeat + 1 if options.lora_repeat else 0)
     runs, number = [], 0
-    for engine, graph in ((PACK, pack_graph), (NATIVE, native_graph)):
-        for index, preset in enumerate(plan):
+    for engine in options.engines.split(","):
+        seen: set[str] = set()
+        for case in plan:
+            if case == "standard" and engine.startswith("accelerate") and not options.accelerate_standard:
+                continue
             number += 1
             image = client.upload_array(picture(number, options.side))
-            workflow = graph(image, f"change the colours, variant {number}", preset, options.steps, options.side, files)
+            prompt = f"change the colours, variant {number}"
+            workflow = graph(engine, image, prompt, case, options.steps, options.side)
             start = time.perf_counter()
             prompt_id = client.queue(workflow)
             client.wait(prompt_id, timeout_s=options.timeout)
             seconds = time.perf_counter() - start
             record = perf_record(server, prompt_id)
+            # the first edit reads weights, the first with a LoRA reads that
+            cold = not seen or (case.endswith(WITH_LORA) and case not in seen)
+            seen.add(case)
             runs.append(
-                {"engine": engine, "preset": preset, "cold": index == 0, "seconds": round(seconds, 3), "record": record}
+                {"engine": engine, "preset": case, "cold": cold, "seconds": round(seconds, 3), "record": record}
             )
-            print(f"{engine}, {preset}{', cold' if index == 0 else ''}: {seconds:.2f} s", flush=True)
-            if index in (0, 1) or preset == "standard":
+            print(f"{engine}, {case}{', cold' if cold else ''}: {seconds:.2f} s", flush=True)
+            if len(seen) > 1 or cold or len(runs) % 2 == 0:
                 print(stage_table(record), flush=True)
         client.free()
     return runs
@@ -138,17 +175,19 @@ def perf_record(server: ComfyServer, prompt_id: str) -> dict[str, Any]:
 
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Medians of the warm edits, and the pack's times as a share of ComfyUI's."""
+    """Medians of the warm edits, the first edit, and each as a share of ComfyUI's own nodes in bf16."""
     rows = []
-    for preset in PRESETS:
-        medians = {}
-        for engine in (PACK, NATIVE):
-            warm = [r for r in runs if (r["engine"], r["preset"], r["cold"]) == (engine, preset, False)]
-            if warm:
-                medians[engine] = statistics.median(r["seconds"] for r in warm)
-        if medians:
-            ratio = medians[PACK] / medians[NATIVE] if len(medians) == 2 else None
-            rows.append({"preset": preset, "seconds": medians, "pack_over_native": ratio and round(ratio, 3)})
+    for preset in dict.fromkeys(r["preset"] for r in runs):
+        for cold in (False, True):
+            medians = {}
+            for engine in dict.fromkeys(r["engine"] for r in runs):
+                found = [r["seconds"] for r in runs if (r["engine"], r["preset"], r["cold"]) == (engine, preset, cold)]
+                if found:
+                    medians[engine] = round(statistics.median(found), 3)
+            base = medians.get("native bf16")
+            shares = {engine: round(seconds / base, 3) for engine, seconds in medians.items()} if base else {}
+            if medians:
+                rows.append({"preset": preset, "cold": cold, "seconds": medians, "over native bf16": shares})
     return rows
 
 
@@ -162,13 +201,16 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="instead of the preset's, for a quick try")
     parser.add_argument("--repeat", type=int, default=3, help="warm edits with Lightning 4")
     parser.add_argument("--standard-repeat", type=int, default=1, help="warm edits with standard")
+    parser.add_argument("--lora-repeat", type=int, default=2, help="warm edits with Lightning 4 and a LoRA")
+    parser.add_argument("--engines", default=",".join(ENGINES))
+    parser.add_argument("--accelerate-standard", action="store_true", help="standard also with QwenEditAccelerate")
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--front-end-root", type=Path, help="for a ComfyUI without its front end package")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         paths = Path(work, "models.yaml")
-        kinds = {kind: kind for kind in ("diffusion_models", "text_encoders", "vae")}
+        kinds = {kind: kind for kind in ("diffusion_models", "text_encoders", "vae", "loras")}
         paths.write_text(json.dumps({"random": {"base_path": str(options.models.resolve())} | kinds}))
         extra = ["--extra-model-paths-config", str(paths)]
         if options.front_end_root:
@@ -178,6 +220,7 @@ def main() -> None:
         try:
             with server, ArrayClient(server.url) as client:
                 runs = measure(client, server, options)
+                print("\n".join(line for line in server.log_tail(400).splitlines() if "Qwen Edit Fast" in line))
         except BaseException:
             print(server.log_tail(60), file=sys.stderr)
             raise

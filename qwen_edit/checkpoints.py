@@ -8,7 +8,7 @@ prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffus
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from .errors import WEIGHTS
 from .quantize import StaysInRam, in_its_form, is_modulation
+from .reading import Stored, read_ahead
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -51,7 +52,7 @@ def fingerprint(paths: Iterable[Path]) -> tuple:
 
 
 def read_header(path: Path) -> dict[str, dict]:
-    """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights.
+    """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
 
     Raises:
         ValueError: not a safetensors file, with the likely cause, or a damaged one.
@@ -74,6 +75,8 @@ def read_header(path: Path) -> dict[str, dict]:
         (length,) = struct.unpack("<Q", file.read(8))
         header = json.loads(file.read(length))
     header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return header
 
 
@@ -289,31 +292,41 @@ def fill(
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
     """
-    check_names(source.label, model.state_dict().keys(), source.tensors.keys())
-    expected = model.state_dict()
-    files: dict[Path, list[tuple[str, str]]] = {}
-    for name, (path, stored) in source.tensors.items():
-        files.setdefault(path, []).append((name, stored))
-    total, done = sum(t.numel() for t in expected.values()) * dtype.itemsize, 0
+    check_tensors(model, source)
+    wanted = _stored(model, source)
+    total, done = sum(s.nbytes for s in wanted.values()), 0
     state = {}
-    for path, entries in files.items():
-        with safe_open(path, framework="pt", device=str(device)) as file, safe_open(path, framework="pt") as in_ram:
-            for name, stored in entries:
-                module_name, _, parameter = name.rpartition(".")
-                module = model.get_submodule(module_name)
-                stays = isinstance(module, StaysInRam)
-                tensor = (in_ram if stays else file).get_tensor(stored)
-                _check_shape(source.label, name, tensor.shape, expected[name].shape)
-                # a copy, where the file's own pages could not be pinned
-                tensor = tensor.to(dtype, copy=stays and device.type != "cpu")
-                state[name] = in_its_form(module, parameter, tensor)
-                if stays and on_ram is not None:
-                    on_ram(tensor)
-                done += tensor.numel() * dtype.itemsize
-                if progress is not None:
-                    progress(done, total)
+    for name, tensor in _mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
+        module, _, parameter = name.rpartition(".")
+        there = (tensor if wanted[name].keep else tensor.to(device)).to(dtype)
+        state[name] = in_its_form(model.get_submodule(module), parameter, there)
+        if wanted[name].keep and on_ram is not None:
+            on_ram(there)
+        done += wanted[name].nbytes
+        if progress is not None:
+            progress(done, total)
     model.load_state_dict(state, strict=True, assign=True)
     model.requires_grad_(False)
+
+
+def _mapped(wanted: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """On the CPU the files' own pages serve as memory."""
+    for path in {s.path for s in wanted.values()}:
+        with safe_open(path, framework="pt") as file:
+            yield from ((name, file.get_tensor(s.name)) for name, s in wanted.items() if s.path == path)
+
+
+def _stored(model: torch.nn.Module, source: TransformerSource) -> dict[str, Stored]:
+    """By the model's names, in the order in which the tensors lie in the files."""
+    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+    found = {}
+    for name, (path, key) in source.tensors.items():
+        entry = headers[path][key]
+        keep = isinstance(model.get_submodule(name.rpartition(".")[0]), StaysInRam)
+        found[name] = Stored(
+            key, path, entry["data_offsets"][0], tuple(entry["shape"]), FLOAT_DTYPES[entry["dtype"]], keep
+        )
+    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset)))
 
 
 def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:

@@ -205,7 +205,7 @@ def denoise(
     Args:
         model: diffusers' transformer, or ComfyUI's.
         latents: packed tokens ``[B, L, 64]``, output first, then references.
-        timestep: ``[B]`` in [0, 1] (sigma).
+        timestep: ``[B]`` in [0, 1] (sigma); on the CPU nothing has to wait for the device.
         text: encoder hidden states ``[B, Lt, joint_attention_dim]``.
         grids: token grids of output and references; their areas sum to L.
         axes_dims: head channels that frame, row and column rotate.

@@ -22,7 +22,7 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype
 from ...qwen_edit.transformer import Forward, denoise
 from . import folders, notes
-from .model import HostTransformer, not_honoured, pack_latents, unpack_latents, with_less_memory_if_needed
+from .model import HostTransformer, known_times, not_honoured, pack_latents, unpack_latents, with_less_memory_if_needed
 
 KEY = "qwen_edit_accelerate"
 REFERENCE_TIMESTEP_ZERO = "index_timestep_zero"
@@ -116,7 +116,7 @@ class AcceleratedForward:
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask >= 0
         tokens, grids = zip(*(pack_latents(latents) for latents in (x, *(ref_latents or []))), strict=True)
-        sigmas = transformer_options.get("sample_sigmas")
+        timestep, schedule = known_times(timesteps, transformer_options, None)
         method = ref_latents_method or native.default_ref_method
         forward = Forward(self.attention.attend, self.kernels, CastWeights(x.device, x.dtype), positions="comfyui")
         try:
@@ -125,7 +125,7 @@ class AcceleratedForward:
                 lambda forward: denoise(
                     native,
                     torch.cat(tokens, dim=1),
-                    timesteps.float(),
+                    timestep,
                     context,
                     grids,
                     forward,
@@ -134,7 +134,7 @@ class AcceleratedForward:
                     text_mask=attention_mask,
                     modulation=_TABLES.setdefault(native, ModulationCache()),
                     modulation_key=self._inner.current_weight_patches_uuid,
-                    schedule=() if sigmas is None else sigmas.float().tolist(),
+                    schedule=schedule,
                 ),
             )
         finally:

@@ -1,7 +1,7 @@
 """Our transformer as a MODEL of ComfyUI: a ``QwenImage`` whose ``diffusion_model`` is diffusers' transformer."""
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -29,7 +29,17 @@ from .pinning import BackgroundPins
 from .transformer_patcher import StreamingPatcher, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
+STEPS = "qwen_edit_steps"  # key in transformer_options: our sampler's KnownSteps
 REFERENCE_METHODS = ("index", "index_timestep_zero")
+
+
+@dataclass
+class KnownSteps:
+    """Which step our sampler is at, so that no forward has to wait for the card to say its timestep. Euler asks for
+    each sigma of the schedule once."""
+
+    sigmas: list[float]
+    done: int = 0
 
 
 class HostTransformer(QwenEditTransformer):
@@ -108,9 +118,8 @@ class HostTransformer(QwenEditTransformer):
         references = ref_latents or []
         tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
         positions = transformer_options.get(POSITIONS, "comfyui")
-        sigmas = transformer_options.get("sample_sigmas")
         # diffusers rounds the timestep to the model's dtype; ComfyUI does not
-        rounded = x.dtype if positions == "diffusers" else torch.float32
+        timestep, schedule = known_times(timesteps, transformer_options, x.dtype if positions == "diffusers" else None)
         method = ref_latents_method
         with BlockStream(self.transformer_blocks, x.device) as stream:
             forward = Forward(
@@ -125,7 +134,7 @@ class HostTransformer(QwenEditTransformer):
                 lambda forward: denoise(
                     self,
                     torch.cat(tokens, dim=1),
-                    timesteps.to(rounded),
+                    timestep,
                     context,
                     grids,
                     forward,
@@ -134,10 +143,25 @@ class HostTransformer(QwenEditTransformer):
                     text_mask=attention_mask,
                     modulation=self.modulation,
                     modulation_key=(self.weights_version, modulation_key(transformer_options)),
-                    schedule=() if sigmas is None else sigmas.to(rounded).tolist(),
+                    schedule=schedule,
                 ),
             )
         return unpack_latents(velocity, grids[0], x.shape)
+
+
+def known_times(timesteps: torch.Tensor, transformer_options, rounded: torch.dtype | None):
+    """The timesteps ``[B]``, on the CPU where they are known without asking the card, and the schedule they belong to.
+
+    Args:
+        rounded: the dtype to which both are rounded; None: float32.
+    """
+    dtype = rounded or torch.float32
+    steps: KnownSteps | None = transformer_options.get(STEPS)
+    if steps is not None:
+        schedule = torch.tensor(steps.sigmas).to(dtype)
+        return schedule[steps.done].expand(len(timesteps)), schedule.tolist()
+    sigmas = transformer_options.get("sample_sigmas")
+    return timesteps.to(dtype), [] if sigmas is None else sigmas.to(dtype).tolist()
 
 
 ROWS_WHEN_SHORT = 2048

@@ -13,7 +13,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
-from .model import HostTransformer, with_positions
+from .model import STEPS, HostTransformer, KnownSteps, with_positions
 
 
 def apply_recipe(model, latent: dict, recipe: Recipe):
@@ -56,6 +56,8 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     latent = native_latent(model, latent)
     prepared, sigmas = _prepare(model, latent, recipe)
     samples = latent["samples"]
+    steps = KnownSteps(sigmas.tolist())
+    prepared.model_options["transformer_options"][STEPS] = steps
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     result = comfy.sample.sample_custom(
         prepared,
@@ -67,17 +69,18 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=_counted(latent_preview.prepare_callback(prepared, recipe.steps)),
+        callback=_counted(latent_preview.prepare_callback(prepared, recipe.steps), steps),
         seed=seed,
     )
     check_finite(result, model)
     return latent | {"samples": result}
 
 
-def _counted(callback):
+def _counted(callback, steps: KnownSteps):
     """ComfyUI's callback (progress, preview), with each step in the performance log."""
 
     def each_step(step, x0, x, total_steps):
+        steps.done = step + 1
         callback(step, x0, x, total_steps)
         record_step()
 

@@ -1,0 +1,73 @@
+"""Reading tensors of safetensors files ahead of their use, several at a time.
+
+A memory-mapped file costs a page fault for each 4 KiB; reading with large calls from a few threads keeps a fast disk, or
+the page cache, busy while the tensors before are copied to the card and quantized.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+WORKERS = 4
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its name there, and where its bytes are. ``keep``: it stays in RAM, in memory of its own."""
+
+    name: str
+    path: Path
+    offset: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    keep: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor under its name in ``wanted``, in order, in RAM.
+
+    A tensor that is not kept lies in a buffer which the next ones take over: use it before asking for the next.
+
+    Args:
+        pinned: the buffers are page-locked, for fast copies to a card.
+
+    Raises:
+        OSError: a file ends early or can't be read.
+    """
+    largest = max((s.nbytes for s in wanted.values() if not s.keep), default=0)
+    free = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(min(WORKERS, len(wanted)))]
+    with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
+        pending: deque[tuple[str, torch.Tensor, Future]] = deque()
+        remaining = deque(wanted.items())
+        try:
+            while remaining or pending:
+                while remaining and len(pending) < WORKERS:
+                    name, stored = remaining.popleft()
+                    buffer = torch.empty(stored.nbytes, dtype=torch.uint8) if stored.keep else free.pop()
+                    pending.append((name, buffer, pool.submit(_read, stored, buffer)))
+                name, buffer, result = pending.popleft()
+                yield name, result.result()
+                if not wanted[name].keep:
+                    free.append(buffer)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _read(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:
+    view, done = memoryview(buffer.numpy())[: stored.nbytes], 0
+    with stored.path.open("rb", buffering=0) as file:
+        file.seek(stored.offset)
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError(f"{stored.path.name} ends inside {stored.name}.")
+            done += count
+    return buffer[: stored.nbytes].view(stored.dtype).view(stored.shape)
