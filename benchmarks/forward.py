@@ -170,7 +170,7 @@ def paths(source, options, device):
         assert attention in CHOICES
         for form in (None, "fp8"):
             name = f"ours {form or 'bf16'}, attention {attention}"
-            made.append((name, lambda form=form, a=attention: ours(source, form, a), Case.diffusers))
+            made.append((name, lambda form=form, a=attention: ours(source, form, a), Case.ours))
     return [entry for entry in made if selected(entry[0])]
 
 
