@@ -47,7 +47,9 @@ def ceilings(image_tokens: int, text_tokens: int) -> dict[str, float]:
             choice = resolve(wanted, device, dtype, 128)
         except ValueError:
             continue
-        if not choice.fell_back:
+        if choice.fell_back:
+            print(choice.why)
+        else:
             found[f"attention {wanted}"] = _tflops(
                 lambda a=choice.attend: a(q, k, v, None), 4 * tokens * tokens * HEADS * 128
             )

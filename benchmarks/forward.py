@@ -9,7 +9,9 @@ same for the first call at another size. All paths share one set of weights, so 
 """
 
 import argparse
+import copy
 import gc
+import itertools
 import statistics
 import sys
 import time
@@ -107,15 +109,24 @@ class Case:
             hidden_states=both.to(dtype),
             encoder_hidden_states=self.text.to(dtype),
             timestep=self.timestep.to(dtype),
-            img_shapes=[[grid, grid]],
+            img_shapes=[[grid, grid]] * len(both),
             return_dict=False,
         )[0][:, : self.rows**2]
+
+    def times(self, count: int) -> "Case":
+        """The same with ``count`` items."""
+        many = copy.copy(self)
+        for name in ("latents", "reference", "text", "timestep", "known_timestep"):
+            tensor = getattr(self, name)
+            setattr(many, name, tensor.expand(count, *tensor.shape[1:]).contiguous())
+        return many
 
     def ours(self, model) -> torch.Tensor:
         """As our sampler calls it, which knows the timestep without asking the card."""
         both = torch.cat([self.tokens(self.latents), self.tokens(self.reference)], dim=1)
         grid = (1, self.rows, self.rows)
-        return model(both, self.text, None, self.known_timestep, [[grid, grid]], return_dict=False)[0]
+        shapes = [[grid, grid]] * len(both)
+        return model(both, self.text, None, self.known_timestep, shapes, return_dict=False)[0]
 
     def native(self, model) -> torch.Tensor:
         velocity = model(self.latents, self.timestep, self.text, ref_latents=[self.reference])
@@ -123,23 +134,22 @@ class Case:
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeat: int) -> float:
-    """Median of ``repeat`` calls after two that are not counted."""
+    """Median of ``repeat`` calls after two that are not counted; one directly after the other, as a sampler makes them."""
     times = []
-    for index in range(repeat + 2):
-        if device.type == "cuda":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
+    if device.type == "cuda":
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeat + 2)]
+        call()
+        for mark in marks:
             call()
-            end.record()
-            end.synchronize()
-            elapsed = start.elapsed_time(end)
-        else:
+            mark.record()
+        torch.cuda.synchronize()
+        times = [a.elapsed_time(b) for a, b in itertools.pairwise(marks)]
+    else:
+        for _ in range(repeat + 2):
             begin = time.perf_counter()
             call()
-            elapsed = (time.perf_counter() - begin) * 1000
-        if index >= 2:
-            times.append(elapsed)
-    return statistics.median(times)
+            times.append((time.perf_counter() - begin) * 1000)
+    return statistics.median(times[-repeat:])
 
 
 def waited(call: Callable[[], object], device: torch.device) -> float:
@@ -188,6 +198,15 @@ def measure(name: str, make, call, case: Case, other: Case, options, device) -> 
         waited_other = waited(lambda: call(other, model), device)
         row["other size, first"] = round(waited_other, 3)
         row["other size, ms"] = round(milliseconds(lambda: call(other, model), device, 3), 1)
+    if options.list and name.startswith("ours"):
+        one = Case(options.list_side, options.text, device)
+        single, together = (
+            milliseconds(lambda c=c: call(c, model), device, options.repeat) for c in (one, one.times(options.list))
+        )
+        row[f"{options.list} of {options.list_side}², one by one and together, ms"] = (
+            round(options.list * single, 1),
+            round(together, 1),
+        )
     first, second = call(case, model), call(case, model)
     row["bit-identical"] = torch.equal(first, second)
     if device.type == "cuda":
@@ -249,6 +268,8 @@ def main() -> None:
     parser.add_argument("--exact-layers", type=int, default=6, help="for the errors; 0 leaves them out")
     parser.add_argument("--side", type=int, default=1024)
     parser.add_argument("--other", type=int, default=832, help="another size; 0 leaves it out")
+    parser.add_argument("--list", type=int, default=4, help="items of a list in one forward; 0 leaves it out")
+    parser.add_argument("--list-side", type=int, default=512)
     parser.add_argument("--text", type=int, default=280, help="text tokens")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--paths", help="only those whose names start with one of these, comma between")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-WORKERS = 4
+WORKERS = 8
 
 
 @dataclass(frozen=True)

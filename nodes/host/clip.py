@@ -160,6 +160,29 @@ def vision_once(clip: comfy.sd.CLIP) -> Iterator[None]:
         del transformer.preprocess_embed
 
 
+@contextmanager
+def loaded_once(clip: comfy.sd.CLIP) -> Iterator[None]:
+    """While this is open, only the first prompt asks ComfyUI to load the encoder, which costs as much as encoding one.
+
+    Nothing else may use the card meanwhile. Encoders with hooks load differently for each prompt and are left alone.
+    """
+    if "load_model" in vars(clip) or clip.use_clip_schedule or clip.patcher.forced_hooks:
+        yield
+        return
+    load, loaded = clip.load_model, []
+
+    def load_first_time(tokens={}):  # noqa: B006 (ComfyUI's signature)
+        if not loaded:
+            loaded.append(load(tokens))
+        return loaded[0]
+
+    clip.load_model = load_first_time
+    try:
+        yield
+    finally:
+        del clip.load_model
+
+
 def leave_card(clip: comfy.sd.CLIP) -> bool:
     """Unload the text encoder if its loader asked for that; whether it did."""
     if clip.patcher.get_attachment(OFFLOAD_AFTER_USE) is None:

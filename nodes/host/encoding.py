@@ -15,7 +15,7 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
-from .clip import leave_card, shared_pictures, vision_once
+from .clip import leave_card, loaded_once, shared_pictures, vision_once
 
 __all__ = [
     "MAX_PICTURES",
@@ -118,7 +118,7 @@ class Encoder:
                 notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
 
         conditionings = []
-        with vision_once(self.clip):
+        with vision_once(self.clip), loaded_once(self.clip):
             for text in (edit.prompt, edit.negative):
                 plain, said = as_plain_text(text)
                 notes += said

@@ -52,6 +52,11 @@ class HostTransformer(QwenEditTransformer):
     weights_version: object = None  # changes with the patches in the weights
     streamed = False  # whether the blocks stay in RAM between their turns
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """ComfyUI asks several times a step; diffusers' own answer walks through all modules."""
+        return self.precision.dtype
+
     def forward(
         self,
         x,
@@ -264,7 +269,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         fill(
             self.diffusion_model,
             self.source,
-            self.diffusion_model.precision.dtype,
+            self.diffusion_model.dtype,
             device,
             lambda done, total: bar.update_absolute(round(100 * done / total)),
             self._pins.add,

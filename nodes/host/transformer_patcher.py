@@ -12,6 +12,11 @@ class TransformerPatcher(ShellPatcher):
     """Leaves the modulation in RAM and lays out what is on the card for the forward."""
 
     def model_size(self):
+        if not self.size:  # ComfyUI asks often
+            self.size = self._stored_bytes()
+        return self.size
+
+    def _stored_bytes(self) -> int:
         return stored_bytes(self.model.diffusion_model)
 
     def load(self, device_to=None, *args, **kwargs):
@@ -36,7 +41,7 @@ class TransformerPatcher(ShellPatcher):
 class StreamingPatcher(TransformerPatcher):
     """Loads everything but the blocks onto the card; counts one block as loaded."""
 
-    def model_size(self):
+    def _stored_bytes(self):
         transformer = self.model.diffusion_model
         blocks = transformer.transformer_blocks
         return stored_bytes(transformer) - stored_bytes(blocks) + stored_bytes(blocks[0])
