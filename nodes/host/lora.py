@@ -4,7 +4,8 @@ A MODEL says which LoRAs it wants in ``transformer_options``; nothing is set on 
 branches of one graph with different LoRAs do not disturb each other.
 """
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class ResidentLora(torch.nn.Module):
         self.device: torch.device | None = None
         self.weights = torch.nn.ParameterDict()
         self.scales: dict[str, float] = {}
+        self._places: tuple[weakref.ref, list[tuple[torch.nn.Module, str, float]]] | None = None
         self.fill(torch.device("cpu"))
 
     @property
@@ -51,9 +53,14 @@ class ResidentLora(torch.nn.Module):
     def empty(self) -> None:
         self.weights = torch.nn.ParameterDict()
 
-    def layer(self, name: str, strength: float) -> LowRank:
-        key = name.replace(".", "/")
-        return LowRank(self.weights[f"{key}/a"], self.weights[f"{key}/b"], self.scales[name] * strength)
+    def addends(self, transformer: torch.nn.Module, strength: float) -> Iterator[tuple[torch.nn.Module, LowRank]]:
+        """What each linear of ``transformer`` gets; called for every forward, so the linears are looked up once."""
+        if self._places is None or self._places[0]() is not transformer:
+            places = [(transformer.get_submodule(n), n.replace(".", "/"), scale) for n, scale in self.scales.items()]
+            self._places = weakref.ref(transformer), places
+        weights = self.weights._parameters
+        for linear, key, scale in self._places[1]:
+            yield linear, LowRank(weights[f"{key}/a"], weights[f"{key}/b"], scale * strength)
 
 
 @dataclass(frozen=True)
@@ -131,8 +138,8 @@ def active_adapters(transformer, transformer_options: Mapping) -> Adapters:
         return NO_ADAPTERS
     adapters: dict[torch.nn.Module, list[LowRank]] = {}
     for item in stack.active:
-        for name in item.lora.scales:
-            adapters.setdefault(transformer.get_submodule(name), []).append(item.lora.layer(name, item.strength))
+        for linear, addend in item.lora.addends(transformer, item.strength):
+            adapters.setdefault(linear, []).append(addend)
     return adapters
 
 
