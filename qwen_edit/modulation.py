@@ -57,8 +57,13 @@ class ModulationCache:
         schedule: Sequence[float],
         compute: Callable[[Sequence[float]], ModulationTable],
     ) -> ModulationTable:
-        """A table with all ``needed`` timesteps; if there is none, one of the whole schedule is made."""
+        """A table with all ``needed`` timesteps; if there is none, one of the whole schedule is made.
+
+        Another schedule's table is not used, even if it has them: the product of other timesteps together may round
+        differently, and a picture must not depend on what was made before it.
+        """
         wanted = set(needed)
+        key = (key, tuple(schedule))
         tables = self._tables.setdefault(key, [])
         self._tables.move_to_end(key)
         for table in tables:

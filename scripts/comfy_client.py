@@ -23,7 +23,7 @@ from typing import Any
 from comfy_socket import WebSocket
 
 RECONNECT_S = 10  # How long a server that was there may be away before it counts as gone.
-PREVIEW_EVENT = 1  # ComfyUI's BinaryEventTypes.PREVIEW_IMAGE
+PREVIEW_EVENT, TEXT_EVENT = 1, 3  # ComfyUI's BinaryEventTypes.PREVIEW_IMAGE and TEXT
 
 # A proxy for the internet must not be asked for a server on this machine or network.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
@@ -279,6 +279,11 @@ class ComfyClient:
             elif isinstance(message, str):
                 document = json.loads(message)
                 self._record(Event(document["type"], document.get("data") or {}, time.time()))
+            elif int.from_bytes(message[:4], "big") == TEXT_EVENT:
+                # Four bytes of message type, four of the length of the node's id, the id, the text.
+                end = 8 + int.from_bytes(message[4:8], "big")
+                text = {"node": message[8:end].decode(), "text": message[end:].decode()}
+                self._record(Event("progress_text", text, time.time()))
             elif int.from_bytes(message[:4], "big") == PREVIEW_EVENT:
                 # Four bytes of message type, four of picture type, then the file.
                 payload = message[8:] if self._keep_previews else b""

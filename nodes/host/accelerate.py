@@ -5,6 +5,7 @@ casting, so offloading, DynamicVRAM and native LoRAs work as without us. What th
 natively, and the node that samples says why.
 """
 
+from functools import partial
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -42,7 +43,7 @@ def accelerate(model, attention: str):
     transformer = model.get_model_object("diffusion_model")
     if isinstance(transformer, HostTransformer):
         return model, ["This MODEL comes from QwenEditLoader and has the fast forward already."]
-    if not isinstance(transformer, QwenImageTransformer2DModel):
+    if type(transformer) is not QwenImageTransformer2DModel:  # a subclass of another pack has a forward of its own
         raise ValueError(
             f"{INPUT} This MODEL holds {type(transformer).__name__}. QwenEditAccelerate is for Qwen-Image and"
             " Qwen-Image-Edit."
@@ -86,11 +87,22 @@ class AcceleratedForward:
     def __init__(self, attention: KernelChoice, kernels: FusedKernels, model):
         self.attention, self.kernels = attention, kernels
         self._inner = model.model  # knows which patches are in the weights
-        self._said: object = None
+        self._prompt: str | None = None
+        self._said: set[tuple[str, str]] = set()  # of this prompt: node and text
 
-    def __call__(
+    def __call__(self, executor, *args, **kwargs):
+        """Runs innermost, in the native forward's place: wrappers that were added after this one run around it."""
+        forward = comfy.patcher_extension.WrapperExecutor.new_class_executor(
+            partial(self._forward, executor.class_obj, executor.original),
+            executor.class_obj,
+            executor.wrappers[executor.idx + 1 :],
+        )
+        return forward.execute(*args, **kwargs)
+
+    def _forward(
         self,
-        executor,
+        native,
+        native_forward,
         x,
         timesteps,
         context,
@@ -102,22 +114,22 @@ class AcceleratedForward:
         ref_latents_method=None,
         **kwargs,
     ):
-        native = executor.class_obj
-        problems = not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
+        references = ref_latents or []
+        method = ref_latents_method or native.default_ref_method
+        problems = not_honoured(x, references, control, additional_t_cond, method, transformer_options)
         problems += _replaced_parts(native)
         if problems:
             self._say_once(f"Runs ComfyUI's own forward, because of {', '.join(problems)}.")
             given = {"control": control, "ref_latents_method": ref_latents_method}
             kwargs |= {name: value for name, value in given.items() if value is not None}
-            return executor(
+            return native_forward(
                 x, timesteps, context, attention_mask, ref_latents, additional_t_cond, transformer_options, **kwargs
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask >= 0
-        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *(ref_latents or []))), strict=True)
+        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
         timestep, schedule = known_times(timesteps, transformer_options, None)
-        method = ref_latents_method or native.default_ref_method
         forward = Forward(self.attention.attend, self.kernels, CastWeights(x.device, x.dtype), positions="comfyui")
         try:
             velocity = with_less_memory_if_needed(
@@ -132,7 +144,7 @@ class AcceleratedForward:
                     axes_dims=tuple(native.pe_embedder.axes_dim),
                     zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
                     text_mask=attention_mask,
-                    modulation=_TABLES.setdefault(native, ModulationCache()),
+                    modulation=self._modulation(native),
                     modulation_key=self._inner.current_weight_patches_uuid,
                     schedule=schedule,
                 ),
@@ -141,12 +153,22 @@ class AcceleratedForward:
             forward.weights.release()
         return unpack_latents(velocity, grids[0], x.shape)
 
+    def _modulation(self, native) -> ModulationCache | None:
+        """Tables of earlier calls; None where nothing names the weights that they would have been made with."""
+        patcher = self._inner.current_patcher
+        hooked = patcher is not None and patcher.current_hooks is not None  # weights that change between steps
+        if hooked or native is not self._inner.diffusion_model:
+            return None
+        return _TABLES.setdefault(native, ModulationCache())
+
     def _say_once(self, text: str) -> None:
-        """Once for each prompt; a prompt calls this at every step."""
+        """Once for each prompt and node; a prompt calls this at every step."""
         context = get_executing_context()
-        occasion = (context.prompt_id if context is not None else None, text)
-        if occasion != self._said:
-            self._said = occasion
+        prompt, node = (context.prompt_id, context.node_id) if context is not None else ("", "")
+        if prompt != self._prompt:
+            self._prompt, self._said = prompt, set()
+        if (node, text) not in self._said:
+            self._said.add((node, text))
             notes.say(text)
 
 

@@ -111,7 +111,8 @@ class HostTransformer(QwenEditTransformer):
         **kwargs,
     ):
         comfy.model_management.throw_exception_if_processing_interrupted()
-        _refuse_what_is_not_honoured(x, control, additional_t_cond, ref_latents_method, transformer_options)
+        references = ref_latents or []
+        _refuse_what_is_not_honoured(x, references, control, additional_t_cond, ref_latents_method, transformer_options)
         width = self.config.joint_attention_dim
         if context.shape[-1] != width:
             raise ValueError(
@@ -120,7 +121,6 @@ class HostTransformer(QwenEditTransformer):
             )
         if attention_mask is not None and attention_mask.is_floating_point():
             attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
-        references = ref_latents or []
         tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
         positions = transformer_options.get(POSITIONS, "comfyui")
         # diffusers rounds the timestep to the model's dtype; ComfyUI does not
@@ -178,12 +178,13 @@ def with_less_memory_if_needed(forward: Forward, run):
         return run(forward)
     except torch.OutOfMemoryError:
         pass  # outside, so that the tensors of the failed run are free
+    forward.weights.release()
     comfy.model_management.soft_empty_cache()
     notes.say("Out of memory: trying once more with the MLPs in parts, which is a little slower.")
     return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
 
 
-def not_honoured(x, control, additional_t_cond, method, transformer_options) -> list[str]:
+def not_honoured(x, references, control, additional_t_cond, method, transformer_options) -> list[str]:
     """What is asked of a forward that ours does not do."""
     problems = []
     if control is not None:
@@ -197,8 +198,9 @@ def not_honoured(x, control, additional_t_cond, method, transformer_options) -> 
         problems.append("additional timestep conditioning")
     if method is not None and method not in REFERENCE_METHODS:
         problems.append(f"the reference method {method!r} (it knows {' and '.join(REFERENCE_METHODS)})")
-    if x.ndim != 5 or x.shape[2] != 1:
-        problems.append(f"latents of {list(x.shape)} (it edits pictures: [B, 16, 1, height/8, width/8])")
+    for what, latents in (("latents", x), *(("reference latents", r) for r in references)):
+        if latents.ndim != 5 or latents.shape[2] != 1:
+            problems.append(f"{what} of {list(latents.shape)} (it edits pictures: [B, 16, 1, height/8, width/8])")
     return problems
 
 

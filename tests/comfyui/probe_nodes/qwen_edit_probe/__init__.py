@@ -3,11 +3,13 @@
 `/qwen_edit_probe` tells what ComfyUI's memory manager and the pack's owners hold, without queueing a prompt.
 """
 
+import dataclasses
 import gc
 import sys
 import threading
 
 import comfy.controlnet
+import comfy.model_detection
 import comfy.model_management
 import comfy.utils
 import psutil
@@ -17,6 +19,20 @@ from comfy.model_patcher import ModelPatcher
 from server import PromptServer
 
 import nodes as comfy_nodes
+
+_detect_unet_config = comfy.model_detection.detect_unet_config
+
+
+def _detect_any_width(state_dict, key_prefix, *args, **kwargs):
+    """ComfyUI's detection, which knows Qwen-Image at its released width only, for small test files."""
+    config = _detect_unet_config(state_dict, key_prefix, *args, **kwargs)
+    if config is not None and config.get("image_model") == "qwen_image":
+        config["num_attention_heads"] = state_dict[f"{key_prefix}img_in.weight"].shape[0] // 128
+        config["joint_attention_dim"] = state_dict[f"{key_prefix}txt_norm.weight"].shape[0]
+    return config
+
+
+comfy.model_detection.detect_unet_config = _detect_any_width
 
 
 class _Any(str):
@@ -175,6 +191,76 @@ def _out_of_memory(apply, args):
     raise torch.cuda.OutOfMemoryError("CUDA out of memory (a test)")
 
 
+class OutOfMemory:
+    """The MODEL; the attention of our forward runs out of memory the next `times` times."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",), "times": ("INT",), "nonce": ("STRING",)}}
+
+    def run(self, model, times, nonce):
+        wrappers = model.get_wrappers("diffusion_model", "qwen_edit_accelerate")
+        holder = wrappers[0] if wrappers else model.model.diffusion_model
+        whole, left = holder.attention, times
+
+        def attend(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                return whole.attend(*args, **kwargs)
+            holder.attention = whole
+            _out_of_memory(None, None)
+
+        holder.attention = dataclasses.replace(whole, attend=attend)
+        return (model,)
+
+
+class FP8Products:
+    """The MODEL, whose fp8 layers multiply quantized activations, as on a card that has such products."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("MODEL",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"model": ("MODEL",)}}
+
+    def run(self, model):
+        for module in model.model.diffusion_model.modules():
+            if isinstance(module, torch.nn.Module) and "_full_precision_mm" in vars(module):
+                module._full_precision_mm = False
+        return (model,)
+
+
+class Conditioning:
+    """Random CONDITIONING [1, tokens, width]."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("CONDITIONING",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"tokens": ("INT",), "width": ("INT",), "seed": ("INT",)}}
+
+    def run(self, tokens, width, seed):
+        return ([[torch.randn(1, tokens, width, generator=torch.Generator().manual_seed(seed)), {}]],)
+
+
+class Latent:
+    """A random LATENT [1, 16, frames, height, width], in units of the VAE's grid."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("LATENT",)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        size = {"height": ("INT",), "width": ("INT",), "seed": ("INT",)}
+        return {"required": size, "optional": {"frames": ("INT", {"default": 1})}}
+
+    def run(self, height, width, seed, frames=1):
+        shape = (1, 16, frames, height, width)
+        return ({"samples": torch.randn(shape, generator=torch.Generator().manual_seed(seed))},)
+
+
 class Control:
     """CONDITIONING with a ControlNet."""
 
@@ -190,7 +276,7 @@ class Control:
 
 class _Control(comfy.controlnet.ControlBase):
     def get_control(self, *args, **kwargs):
-        return {"input": [torch.zeros(1)], "middle": [], "output": []}
+        return {"input": [torch.zeros(1, 1, 1)], "middle": [], "output": []}
 
 
 class Widen:
@@ -238,6 +324,10 @@ NODE_CLASS_MAPPINGS = {
     "ProbePicture": Picture,
     "ProbeDamage": Damage,
     "ProbePatch": Patch,
+    "ProbeOutOfMemory": OutOfMemory,
+    "ProbeFP8Products": FP8Products,
+    "ProbeConditioning": Conditioning,
+    "ProbeLatent": Latent,
     "ProbeControl": Control,
     "ProbeWiden": Widen,
     "ProbeCancelLoading": CancelLoading,
