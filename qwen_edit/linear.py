@@ -129,7 +129,8 @@ def pack(linears: Sequence[nn.Module]) -> None:
     weights = [m.weight for m in linears]
     if all(isinstance(w, QuantizedTensor) for w in weights):
         parts = [plain_parts(w) for w in weights]
-        if any(p is None for p in parts):
+        # a form of its own, or one scale for the whole weight, which can't be a part of a column
+        if any(p is None or p[1].numel() != w._params.scale.numel() for w, p in zip(weights, parts, strict=True)):
             return
         data, scale = (_side_by_side(column) for column in zip(*parts, strict=True))
         for module, d, s in zip(linears, data, scale, strict=True):
