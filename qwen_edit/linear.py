@@ -49,10 +49,12 @@ def runs_itself(module: nn.Module) -> bool:
 
 
 class Resident:
-    """Weights that lie in their modules."""
+    """Weights that lie in their modules. Other classes than ``nn.Linear`` (peft's, after a pipeline's
+    ``load_lora_weights``) may do more with theirs."""
 
     def read(self, module):
-        return None if runs_itself(module) else (module.weight, module.bias)
+        plain = type(module).forward is nn.Linear.forward and not runs_itself(module)
+        return (module.weight, module.bias) if plain else None
 
     def release(self) -> None:
         pass
