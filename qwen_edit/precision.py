@@ -76,7 +76,8 @@ def resolve_precision(
     ):
         if form is not None and _problem(form, device) is not None:
             continue
-        if block_bytes * SHARE[form] + ROOM_FOR_ACTIVATIONS <= memory:
+        share = half.itemsize / 2 if form is None else SHARE[form]  # of bf16
+        if block_bytes * share + ROOM_FOR_ACTIVATIONS <= memory:
             return Precision("auto", half, form, what)
     return Precision("auto", half, fast, "no form fits on this card as a whole")
 
