@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Linear):
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
     def set_weight(self, weight, inplace_update: bool = False, seed=None, return_weight: bool = False, **_):
-        requantized = self.weight.requantize_from_float(weight)
+        requantized = self.weight.requantize_from_float(weight).to(self.weight.dtype)
         if return_weight:
             return requantized
         self.weight = nn.Parameter(requantized, requires_grad=False)
