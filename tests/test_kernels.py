@@ -195,6 +195,8 @@ def test_quantize_rows(module, randn, dtype, quantize):
         assert (rows.full is x) == keep
         largest = dequantized(rows).abs().amax(1)
         torch.testing.assert_close(largest, x.double().abs().amax(1), rtol=0.01, atol=0)
+        if quantize == INT8:  # the nearest whole number
+            assert ((dequantized(rows) - x.double()).abs() <= 0.501 * rows.scale).all()
         for row, expected in zip(dequantized(rows), x.double(), strict=True):
             assert error(row, expected) < max(LOOSER.get((module, d), BOUNDS[d]) for d in (dtype, quantize))
 
