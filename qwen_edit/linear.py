@@ -49,10 +49,12 @@ def runs_itself(module: nn.Module) -> bool:
 
 
 class Resident:
-    """Weights that lie in their modules."""
+    """Weights that lie in their modules. Other classes than ``nn.Linear`` (peft's, after a pipeline's
+    ``load_lora_weights``) may do more with theirs."""
 
     def read(self, module):
-        return None if runs_itself(module) else (module.weight, module.bias)
+        plain = type(module).forward is nn.Linear.forward and not runs_itself(module)
+        return (module.weight, module.bias) if plain else None
 
     def release(self) -> None:
         pass
@@ -129,7 +131,8 @@ def pack(linears: Sequence[nn.Module]) -> None:
     weights = [m.weight for m in linears]
     if all(isinstance(w, QuantizedTensor) for w in weights):
         parts = [plain_parts(w) for w in weights]
-        if any(p is None for p in parts):
+        # a form of its own, or one scale for the whole weight, which can't be a part of a column
+        if any(p is None or p[1].numel() != w._params.scale.numel() for w, p in zip(weights, parts, strict=True)):
             return
         data, scale = (_side_by_side(column) for column in zip(*parts, strict=True))
         for module, d, s in zip(linears, data, scale, strict=True):
@@ -162,7 +165,7 @@ def multiply(
         y = module(rows.unquantized)
         y = y if out is None else out.copy_(y)
     elif op.scale is None:
-        y = _plain(op, rows.data, out)
+        y = _plain(op, rows.unquantized, out)
     else:
         y = quantized_matmul(rows.data, rows.scale, op.weight, op.scale, op.bias, dtype, out)
     if adapters:

@@ -64,13 +64,13 @@ class ModulationCache:
         """
         wanted = set(needed)
         key = (key, tuple(schedule))
-        tables = self._tables.setdefault(key, [])
-        self._tables.move_to_end(key)
-        for table in tables:
+        for table in self._tables.get(key, ()):
             if wanted <= table.row_of.keys():
+                self._tables.move_to_end(key)
                 return table
         table = compute(sorted({*needed, *schedule}) if wanted <= {*schedule, 0.0} else sorted(wanted))
-        tables.append(table)
+        self._tables.setdefault(key, []).append(table)
+        self._tables.move_to_end(key)
         while sum(len(t.row_of) for kept in self._tables.values() for t in kept) > ROWS_KEPT:
             oldest_key, oldest = next(iter(self._tables.items()))
             if oldest[0] is table:

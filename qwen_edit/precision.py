@@ -62,7 +62,7 @@ def resolve_precision(
     fast = next((form for form in ("fp8", "int8") if _problem(form, device) is None), None)
     if profile == "fast":
         if fast is None:
-            return Precision("auto", half, None, f"no 8-bit form runs here: {_problem('fp8', device)}", fell_back=True)
+            return Precision("auto", half, None, f"no 8-bit form runs here: {_problem('int8', device)}", fell_back=True)
         return Precision("auto", half, fast, "the fastest form of this card")
     if profile == "small":
         problem = _problem("w4a4", device)
@@ -76,8 +76,12 @@ def resolve_precision(
     ):
         if form is not None and _problem(form, device) is not None:
             continue
-        if block_bytes * SHARE[form] + ROOM_FOR_ACTIVATIONS <= memory:
+        share = half.itemsize / 2 if form is None else SHARE[form]  # of bf16
+        if block_bytes * share + ROOM_FOR_ACTIVATIONS <= memory:
             return Precision("auto", half, form, what)
+    if fast is None:
+        why = f"bf16 does not fit on this card, and no 8-bit form runs here: {_problem('int8', device)}"
+        return Precision("auto", half, None, why, fell_back=True)
     return Precision("auto", half, fast, "no form fits on this card as a whole")
 
 

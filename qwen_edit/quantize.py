@@ -42,7 +42,7 @@ FP8, INT8 = torch.float8_e4m3fn, torch.int8
 FP8_LAYOUTS = (ROWWISE_FP8, "TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout")
 INT8_LAYOUT = "TensorWiseINT8Layout"
 W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
-ROTATIONS = (256, 64, 16)  # sizes that comfy-kitchen's kernels know
+ROTATIONS = (256, 64)  # sizes that comfy-kitchen's kernels know; it also has 16, but scales groups of 64
 
 
 class RowwiseFP8Layout(QuantizedLayout):
@@ -100,7 +100,7 @@ class QuantizedLinear(nn.Linear):
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
 
     def set_weight(self, weight, inplace_update: bool = False, seed=None, return_weight: bool = False, **_):
-        requantized = self.weight.requantize_from_float(weight)
+        requantized = self.weight.requantize_from_float(weight).to(self.weight.dtype)
         if return_weight:
             return requantized
         self.weight = nn.Parameter(requantized, requires_grad=False)
@@ -128,8 +128,8 @@ def prepare(model: nn.Module, form: str | None) -> None:
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        # the products need channel counts of multiples of 16
-        sizes_fit = module.in_features % 16 == module.out_features % 16 == 0
+        # the products need channel counts of multiples of 16, comfy-kitchen's 4-bit groups 64
+        sizes_fit = module.in_features % (64 if form == "w4a4" else 16) == module.out_features % 16 == 0
         if is_modulation(name):
             linear = StaysInRam(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
         elif form is not None and sizes_fit and not keeps_full_precision(name):
