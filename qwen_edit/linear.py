@@ -162,7 +162,7 @@ def multiply(
         y = module(rows.unquantized)
         y = y if out is None else out.copy_(y)
     elif op.scale is None:
-        y = _plain(op, rows.data, out)
+        y = _plain(op, rows.unquantized, out)
     else:
         y = quantized_matmul(rows.data, rows.scale, op.weight, op.scale, op.bias, dtype, out)
     if adapters:
