@@ -142,10 +142,12 @@ def test_the_key_not_used_for_longest_is_forgotten(cache):
 
 def test_of_one_key_the_oldest_table_is_forgotten(cache):
     half = ROWS_KEPT // 2
-    oldest, kept, newest = (cache.look_up("key", [n], schedule(half, n)) for n in (0.0, 1.0, 2.0))
-    assert cache.look_up("key", [1.0]) is kept
-    assert cache.look_up("key", [2.0]) is newest
-    assert cache.look_up("key", [0.0]) is not oldest
+    numbers = [half * n / 1000 for n in range(3)]
+    # timesteps outside the schedule, which is the same each time, get tables of their own
+    oldest, kept, newest = (cache.look_up("key", schedule(half, n), ()) for n in numbers)
+    assert cache.look_up("key", [numbers[1]], ()) is kept
+    assert cache.look_up("key", [numbers[2]], ()) is newest
+    assert cache.look_up("key", [numbers[0]], ()) is not oldest
 
 
 def test_a_table_larger_than_the_cache_is_kept_while_in_use(cache):
