@@ -179,6 +179,11 @@ def test_what_lies_outside_the_blocks_keeps_full_precision(name):
     assert keeps_full_precision(name)
 
 
+def test_within_the_blocks_the_modulation_keeps_full_precision():
+    assert all(keeps_full_precision(name) for name in in_blocks(MODULATION))
+    assert not any(keeps_full_precision(name) for name in in_blocks(BLOCK_LINEARS))
+
+
 # The modulation stays in RAM
 
 
@@ -246,6 +251,7 @@ def test_a_model_read_in_a_form_computes_nearly_the_same(source, form, least, mo
     assert not any(p.requires_grad for p in model.parameters())
     assert least <= error(velocity(model), velocity(unquantized)) <= most
     assert math.isclose(stored_bytes(model), promised, rel_tol=0.03)
+    assert stored_bytes(model) == sum(p.nbytes for n, p in model.named_parameters() if "_mod." not in n)
 
 
 def test_stored_bytes_are_those_of_the_blocks_that_were_asked_for():

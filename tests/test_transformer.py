@@ -55,8 +55,22 @@ def inputs(grids, batch=1):
 @pytest.mark.parametrize("zero_cond_t", [True, False])
 @pytest.mark.parametrize(
     "grids",
-    [((4, 6),), ((4, 6), (4, 6)), ((5, 3), (7, 9)), ((4, 4), (2, 6), (8, 3)), ((3, 5), (6, 4), (1, 7), (5, 9))],
-    ids=["no reference", "same grid", "odd, larger reference", "two references", "three references"],
+    [
+        ((4, 6),),
+        ((2, 3), (4, 4)),
+        ((4, 6), (4, 6)),
+        ((5, 3), (7, 9)),
+        ((4, 4), (2, 6), (8, 3)),
+        ((3, 5), (6, 4), (1, 7), (5, 9)),
+    ],
+    ids=[
+        "no reference",
+        "fewer tokens than text",
+        "same grid",
+        "odd, larger reference",
+        "two references",
+        "three references",
+    ],
 )
 @torch.no_grad()
 def test_forward_equals_diffusers(grids, zero_cond_t):
@@ -112,7 +126,12 @@ def test_an_adapter_equals_the_merged_weight():
         "img_in",
         "transformer_blocks.0.img_mod.1",
         "transformer_blocks.1.attn.to_q",
-        "transformer_blocks.2.txt_mlp.net.2",
+        "transformer_blocks.0.attn.to_out.0",
+        "transformer_blocks.1.attn.to_add_out",
+        "transformer_blocks.0.img_mlp.net.0.proj",
+        "transformer_blocks.1.txt_mlp.net.2",
+        "norm_out.linear",
+        "proj_out",
     ]
     adapters = {}
     for name in names:
