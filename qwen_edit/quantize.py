@@ -5,10 +5,12 @@ reads), in these forms:
 
 - ``fp8``: float8_e4m3fn, one scale for each output channel; activations one scale for each token (Hopper, Ada, Blackwell).
 - ``int8``: the same with int8 (Turing and later).
-- ``w4a4``: comfy-kitchen's 4-bit weights with a rotation (ConvRot, arXiv 2512.03673), multiplied by comfy-kitchen.
+- ``w4a4``: comfy-kitchen's 4-bit weights with a rotation (ConvRot, arXiv 2512.03673), multiplied by comfy-kitchen with
+  activations in 8 bits. Its 4-bit activations, which only cards with int4 units (7.5 to 8.9) multiply at all, would
+  cost 6 dB.
 
-Which layers keep bf16 is decided by ``keeps_full_precision``: measured on random weights at full size and on the small
-trained model (``benchmarks/results/quantization*.json``), not verified on the released weights.
+Which layers keep bf16 is decided by ``keeps_full_precision``, measured on the small trained model
+(``benchmarks/results/quantization_cpu.json``), not verified on the released weights.
 """
 
 from dataclasses import dataclass, replace
@@ -106,6 +108,19 @@ class QuantizedLinear(nn.Linear):
         self.weight = nn.Parameter(requantized, requires_grad=False)
 
 
+class FourBitLinear(QuantizedLinear):
+    """One of form w4a4, always called: only comfy-kitchen multiplies with its weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda or not isinstance(self.weight, QuantizedTensor):
+            return super().forward(x)
+        # comfy-kitchen's product on the CPU has 4-bit activations, whatever linear_dtype says
+        size = self.weight._params.convrot_groupsize
+        rows = quantize_rows(_rotate(x.flatten(0, -2), size), INT8)
+        rounded = _rotate(rows.data.float() * rows.scale, size).view(x.shape)
+        return F.linear(rounded.to(x.dtype), self.weight.dequantize(), self.bias)
+
+
 def quantize_weight(weight: torch.Tensor, form: str) -> "QuantizedTensor":
     """A weight ``[N, K]`` in one of ``FORMATS``, on the weight's device."""
     if form == "fp8":
@@ -113,7 +128,17 @@ def quantize_weight(weight: torch.Tensor, form: str) -> "QuantizedTensor":
     if form == "int8":
         return QuantizedTensor.from_float(weight, INT8_LAYOUT, per_channel=True)
     rotation = next(size for size in ROTATIONS if weight.shape[1] % size == 0)
-    return QuantizedTensor.from_float(weight, W4A4_LAYOUT, convrot_groupsize=rotation)
+    return QuantizedTensor.from_float(weight, W4A4_LAYOUT, convrot_groupsize=rotation, linear_dtype="int8")
+
+
+def _rotate(x: torch.Tensor, size: int) -> torch.Tensor:
+    """``x`` ``[M, K]`` with each ``size`` channels rotated as comfy-kitchen's weights are (ConvRot's regular Hadamard
+    matrix, which is its own inverse)."""
+    four = 0.5 * x.new_tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]])
+    matrix = four
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, four)
+    return (x.unflatten(1, (-1, size)) @ matrix).flatten(1)
 
 
 def keeps_full_precision(name: str) -> bool:
@@ -133,7 +158,8 @@ def prepare(model: nn.Module, form: str | None) -> None:
         if is_modulation(name):
             linear = StaysInRam(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
         elif form is not None and sizes_fit and not keeps_full_precision(name):
-            linear = QuantizedLinear(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
+            kind = FourBitLinear if form == "w4a4" else QuantizedLinear
+            linear = kind(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
             linear.form = form
         else:
             continue
