@@ -166,6 +166,15 @@ def prepare(model: nn.Module, form: str | None) -> None:
         model.set_submodule(name, linear.requires_grad_(False))
 
 
+def drop_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Put the model back on meta, as ``prepare`` left it: what was quantized awaits weights of ``dtype`` again."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            weight = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
+            module.weight = nn.Parameter(weight, requires_grad=False)
+    nn.Module.to(model, "meta")
+
+
 def is_modulation(name: str) -> bool:
     return ".img_mod." in name or ".txt_mod." in name
 

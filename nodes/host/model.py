@@ -18,7 +18,7 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.precision import Precision
-from ...qwen_edit.quantize import prepare
+from ...qwen_edit.quantize import drop_weights, prepare
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
@@ -280,7 +280,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
     def empty(self) -> None:
         self._pins.release()
         self.diffusion_model.modulation.clear()
-        torch.nn.Module.to(self.diffusion_model, "meta")
+        drop_weights(self.diffusion_model, self.diffusion_model.precision.dtype)
 
 
 def latent_format(statistics: dict | None):

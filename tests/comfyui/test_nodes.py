@@ -20,6 +20,7 @@ pytestmark = pytest.mark.server
 SNAPSHOT = Path(__file__).with_name("object_info.json")
 FILE_COMBOS = {"model", "text_encoder", "vae", "lora_1", "lora_2", "lora_3", "lora_4"}
 NODES = {
+    "QwenEditAccelerate",
     "QwenEditLoader",
     "QwenEditSmartResize",
     "QwenEditEncode",
