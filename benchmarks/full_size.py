@@ -131,12 +131,12 @@ def after_sampling(latent: list, vae: list) -> dict[str, Any]:
     }
 
 
-def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """All edits, one engine after the other. Times in seconds, from queueing to the finished prompt."""
+def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
+    """Add all edits to ``runs``, one engine after the other. Times in seconds, from queueing to the finished prompt."""
     quick = "Lightning 4"
     plan = [quick, *[quick] * options.repeat, *["standard"] * options.standard_repeat]
     plan += [quick + WITH_LORA] * (options.lora_repeat + 1 if options.lora_repeat else 0)
-    runs, number = [], 0
+    number = 0
     for engine in options.engines.split(","):
         seen: set[str] = set()
         for case in plan:
@@ -161,7 +161,6 @@ def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespac
             if len(seen) > 1 or cold or len(runs) % 2 == 0:
                 print(stage_table(record), flush=True)
         client.free()
-    return runs
 
 
 def perf_record(server: ComfyServer, prompt_id: str) -> dict[str, Any]:
@@ -217,13 +216,14 @@ def main() -> None:
             extra += ["--front-end-root", str(options.front_end_root)]
         host = Host(Path(sys.executable), options.comfyui.resolve())
         server = ComfyServer(host, Path(work, "server"), extra, cpu=options.cpu)
+        runs: list[dict[str, Any]] = []
         try:
             with server, ArrayClient(server.url) as client:
-                runs = measure(client, server, options)
+                measure(client, server, options, runs)
                 print("\n".join(line for line in server.log_tail(400).splitlines() if "Qwen Edit Fast" in line))
-        except BaseException:
+        except Exception as e:  # what was measured until then is kept
             print(server.log_tail(60), file=sys.stderr)
-            raise
+            print(f"Stopped after {len(runs)} edits: {e!r}", file=sys.stderr)
     result = {
         "benchmark": "full_size",
         "environment": environment(),

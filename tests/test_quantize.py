@@ -16,6 +16,7 @@ from qwen_edit.quantize import (
     FORMATS,
     FP8,
     INT8,
+    FourBitLinear,
     QuantizedLinear,
     QuantizedTensor,
     StaysInRam,
@@ -62,7 +63,8 @@ def in_blocks(names) -> set[str]:
 
 
 def of_class(model: nn.Module, kind: type) -> set[str]:
-    return {name for name, module in model.named_modules() if type(module) is kind}
+    kinds = (QuantizedLinear, FourBitLinear) if kind is QuantizedLinear else (kind,)
+    return {name for name, module in model.named_modules() if type(module) in kinds}
 
 
 # Forms
