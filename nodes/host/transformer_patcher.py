@@ -3,6 +3,7 @@
 import comfy.model_management
 import comfy.utils
 
+from ...qwen_edit.errors import INPUT
 from ...qwen_edit.linear import pack
 from ...qwen_edit.quantize import is_modulation, stored_bytes
 from .memory import ShellPatcher
@@ -31,6 +32,18 @@ class TransformerPatcher(ShellPatcher):
             attn = block.attn
             pack([attn.to_q, attn.to_k, attn.to_v])
             pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+
+    def patch_hooks(self, hooks):
+        form = self.model.diffusion_model.precision.form
+        if form is not None and self.get_combined_hook_patches(hooks):
+            raise ValueError(  # it would put the numbers back, but not their scales
+                f"{INPUT} A LoRA on conditioning changes weights while the sampler runs, which ComfyUI cannot undo for"
+                f" weights in {form}. Put the LoRA on the MODEL, or choose precision bf16 on the loader."
+            )
+        super().patch_hooks(hooks)
+        # a LoRA on conditioning changes weights in the middle of a sampling, each time to what has no name
+        version = self.model.current_weight_patches_uuid if hooks is None else object()
+        self.model.diffusion_model.weights_version = version
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 from comfy_client import ExecutionFailed
-from edits import between, changed, edited, note, run_fresh, small_edit
+from edits import between, changed, edited, failure, note, run_fresh, small_edit
 from graphs import node
 from safetensors.torch import save_file
 from test_lora import lora_state
@@ -63,6 +63,36 @@ def test_a_native_lora_leaves_quantized_weights_as_they_were(client, graph, lora
     assert np.abs(with_lora - before).mean() > 0.01
     assert np.array_equal(edited(client, graph), before)
     assert np.array_equal(edited(client, native_lora(graph, lora)), with_lora)
+
+
+def lora_on_conditioning(graph, name: str):
+    hooked = changed(graph, "sampler", positive=["hooked", 0])
+    hooked["hook"] = node("CreateHookLoraModelOnly", lora_name=name, strength_model=0.5)
+    hooked["hooked"] = node(
+        "ConditioningSetProperties",
+        cond_NEW=["encode", 0],
+        hooks=["hook", 0],
+        strength=1.0,
+        set_cond_area="default",
+    )
+    return hooked
+
+
+def test_a_lora_on_conditioning_equals_the_native_one_on_the_model(client, graph, lora):
+    """ComfyUI patches and restores the weights inside a sampling, the modulation's among them."""
+    before, with_lora = edited(client, graph), edited(client, native_lora(graph, lora))
+    assert np.abs(edited(client, lora_on_conditioning(graph, lora)) - with_lora).max() <= 1 / 255
+    assert np.array_equal(edited(client, graph), before)
+
+
+def test_a_lora_on_conditioning_of_quantized_weights_is_refused(client, graph, lora):
+    """ComfyUI restores what a hook has changed in place, which leaves out the scales of quantized weights."""
+    graph = changed(graph, "loader", precision="fp8")
+    before = edited(client, graph)
+    said = failure(client, lora_on_conditioning(graph, lora))
+    assert said.startswith("[QE_INPUT] A LoRA on conditioning")
+    assert "fp8" in said
+    assert np.array_equal(edited(client, graph), before)
 
 
 def test_weights_that_are_read_and_quantized_again_are_the_same(client, graph, lora):
