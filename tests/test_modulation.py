@@ -111,6 +111,14 @@ def test_a_timestep_outside_the_schedule_gets_a_table_of_its_own(cache):
     assert len(cache.computed) == 2
 
 
+def test_another_schedule_has_its_own_table_in_either_order(cache):
+    """Products of other timesteps together may round differently: what was made before must decide nothing."""
+    short = (1.0, 0.0)
+    for key, schedules in (("one", (short, SCHEDULE)), ("other", (SCHEDULE, short))):
+        for each in schedules:
+            assert set(cache.look_up(key, [1.0, 0.0], each).row_of) == set(each)
+
+
 def test_without_a_schedule_only_what_is_needed_is_computed(cache):
     cache.look_up("key", [0.5, 0.25, 0.5, 0.0])
     assert cache.computed == [[0.0, 0.25, 0.5]]

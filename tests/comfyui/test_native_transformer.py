@@ -45,7 +45,7 @@ from types import SimpleNamespace
 import comfy.patcher_extension
 from pack.nodes.host.accelerate import AcceleratedForward
 
-wrapper = AcceleratedForward(ours.attention, REFERENCE, SimpleNamespace(model=SimpleNamespace(current_weight_patches_uuid=None, current_patcher=None, diffusion_model=None)))
+wrapper = AcceleratedForward(ours.attention, REFERENCE, SimpleNamespace(model=SimpleNamespace(current_weight_patches_uuid=None, current_patcher=None, diffusion_model=native)))
 ours_over_native = dict(wrappers={comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL: {"k": [wrapper]}})
 
 
