@@ -125,7 +125,7 @@ def demo_transformer(
     source = transformer_from_folder(DEMO)
     with torch.device("meta"):
         model = Transformer.from_config(dict(source.config)).eval()
-    model = nn.Module.to(model, dtype)
+    nn.Module.to(model, dtype)
     prepare(model, form)
     if selects is not None:
         quantize_only(model, selects)
