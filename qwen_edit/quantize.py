@@ -47,6 +47,9 @@ W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
 ROTATIONS = (256, 64)  # sizes that comfy-kitchen's kernels know; it also has 16, but scales groups of 64
 
 
+LEAST_INT_MM_ROWS = 17  # of torch._int_mm on CUDA
+
+
 class RowwiseFP8Layout(QuantizedLayout):
     """float8_e4m3fn with one float32 scale ``[N, 1]`` for each row."""
 
@@ -251,12 +254,12 @@ def quantized_matmul(
 @lru_cache(maxsize=16)
 def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
     """The card's own product of this form, or None where it has none (the float product above is then exact)."""
-    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+    if device.type != "cuda":
         return None
     capability = torch.cuda.get_device_capability(device)
     if form == FP8:
-        return _scaled_mm if capability >= (8, 9) else None
-    return _int8_matmul() if capability >= (7, 5) else None
+        return _scaled_mm if capability >= (8, 9) and dtype in (torch.bfloat16, torch.float16) else None
+    return _int8_product(device, dtype) if capability >= (7, 5) else None
 
 
 def _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
@@ -269,15 +272,24 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
     return torch._scaled_mm(x, weight.t(), bias=bias, out=out, **arguments)
 
 
-def _int8_matmul():
+def _int8_product(device: torch.device, dtype: torch.dtype):
+    """Our kernel, tried with a real call; PyTorch's where Triton or the card refuses it."""
+    x = torch.ones((32, 32), dtype=torch.int8, device=device)
+    scale = torch.ones((32, 1), device=device)
     try:
         from .kernels.int8_matmul import int8_matmul
-    except ImportError:  # no Triton
+
+        int8_matmul(x, scale, x, scale, None, dtype)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # the note on the node says that Triton does not run, and why
         return _int_mm
     return int8_matmul
 
 
 def _int_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
-    y = torch._int_mm(x, weight.t()).float() * x_scale * weight_scale.t()
+    count = len(x)
+    x = F.pad(x, (0, 0, 0, max(0, LEAST_INT_MM_ROWS - count)))
+    y = torch._int_mm(x, weight.t())[:count].float() * x_scale * weight_scale.t()
     y = (y if bias is None else y + bias).to(dtype)
     return y if out is None else out.copy_(y)

@@ -304,39 +304,37 @@ def test_unquantized_weights_are_converted_as_they_are():
 
 
 @pytest.mark.parametrize(
-    ("capability", "fp8", "int8"),
-    [
-        ((7, 0), None, None),
-        ((7, 5), None, quantize._int8_matmul()),
-        ((8, 6), None, quantize._int8_matmul()),
-        ((8, 9), quantize._scaled_mm, quantize._int8_matmul()),
-        ((9, 0), quantize._scaled_mm, quantize._int8_matmul()),
-    ],
+    ("capability", "has_fp8", "has_int8"),
+    [((7, 0), False, False), ((7, 5), False, True), ((8, 6), False, True), ((8, 9), True, True), ((9, 0), True, True)],
 )
-def test_the_product_of_a_card(monkeypatch, capability, fp8, int8):
+def test_the_product_of_a_card(monkeypatch, capability, has_fp8, has_int8):
+    int8 = object()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype: int8)
     product, card = quantize._product.__wrapped__, torch.device("cuda", 0)
-    for dtype in (BF16, torch.float16):
-        assert (product(card, FP8, dtype), product(card, INT8, dtype)) == (fp8, int8)
-    assert product(card, FP8, FP32) is product(card, INT8, FP32) is product(CPU, INT8, BF16) is None
+    for dtype in (BF16, torch.float16, FP32):
+        assert product(card, FP8, dtype) is (quantize._scaled_mm if has_fp8 and dtype != FP32 else None)
+        assert product(card, INT8, dtype) is (int8 if has_int8 else None)
+    assert product(CPU, INT8, BF16) is None
 
 
 def test_without_triton_int8_is_pytorchs_product(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwen_edit.kernels.int8_matmul", None)
-    assert quantize._int8_matmul() is quantize._int_mm
+    assert quantize._int8_product(CPU, BF16) is quantize._int_mm
 
 
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("product", [quantize._int_mm, quantized_matmul])
 @pytest.mark.parametrize("form", [FP8, INT8])
-def test_products_without_a_card(form, product, biased):
+@pytest.mark.parametrize("rows", [33, 5])
+def test_products_without_a_card(form, product, biased, rows):
     if form == FP8 and product is quantize._int_mm:
         pytest.skip("for int8")
-    x, weight = quantize_rows(randn(33, 64), form), quantize_rows(randn(48, 64, seed=1), form)
+    x, weight = quantize_rows(randn(rows, 64), form), quantize_rows(randn(48, 64, seed=1), form)
     bias = randn(48, dtype=BF16, seed=2) if biased else None
     dequantized = [rows.data.double() * rows.scale for rows in (x, weight)]
     expected = dequantized[0] @ dequantized[1].T + (0 if bias is None else bias.double())
-    for out in (None, torch.full((33, 48), torch.nan, dtype=BF16)):
+    for out in (None, torch.full((rows, 48), torch.nan, dtype=BF16)):
         y = product(x.data, x.scale, weight.data, weight.scale, bias, BF16, out)
         assert y is out or out is None
         assert y.dtype == BF16
