@@ -36,6 +36,7 @@ def ceilings(image_tokens: int, text_tokens: int) -> dict[str, float]:
         found[f"bf16 {name}"] = _tflops(lambda x=x, w=w, b=bias: torch.addmm(b, x, w.t()), flop)
         if torch.cuda.get_device_capability() >= (8, 9):
             a, b = quantize_rows(x, torch.float8_e4m3fn), quantize_rows(w, torch.float8_e4m3fn)
+            assert b.scale is not None
             scales = {"scale_a": a.scale, "scale_b": b.scale.t(), "out_dtype": dtype, "use_fast_accum": True}
             found[f"fp8 {name}"] = _tflops(
                 lambda a=a, b=b, s=scales, c=bias: torch._scaled_mm(a.data, b.data.t(), bias=c, **s), flop

@@ -65,12 +65,12 @@ def ours(source: QwenEditTransformer, form: str | None, attention: str) -> QwenE
         tensor = in_its_form(module, leaf, parameter)
         setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
     for block in model.transformer_blocks:
-        attn = block.attn
+        attn: Any = block.attn
         pack([attn.to_q, attn.to_k, attn.to_v])
         pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
     device = source.img_in.weight.device
     model.attention = resolve(attention, device, DTYPE, 128)
-    model.kernels = resolve_kernels(device, DTYPE, ACTIVATIONS.get(form))
+    model.kernels = resolve_kernels(device, DTYPE, ACTIVATIONS.get(form or ""))
     model.modulation = ModulationCache()
     return model.eval()
 
@@ -168,7 +168,9 @@ def paths(source, options, device):
     def selected(name: str) -> bool:
         return wanted is None or any(name.startswith(w) for w in wanted)
 
-    made = [("diffusers eager", lambda: diffusers_model(source), Case.diffusers)]
+    made: list[tuple[str, Callable[[], Any], Callable[[Case, Any], torch.Tensor]]] = [
+        ("diffusers eager", lambda: diffusers_model(source), Case.diffusers)
+    ]
     if device.type == "cuda":
         made.append(("diffusers compiled", lambda: compiled(source), Case.diffusers))
     if options.comfyui:

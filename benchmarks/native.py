@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ def import_comfyui(path: Path) -> None:
     import comfy.model_management
 
 
-def native_transformer(source: nn.Module, form: str | None = None) -> nn.Module:
+def native_transformer(source: Any, form: str | None = None) -> nn.Module:
     """ComfyUI's transformer over the same parameters as ``source`` (2511, full width).
 
     Args:

@@ -7,7 +7,7 @@ result as low-rank terms, so no weight is ever touched.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -83,7 +83,7 @@ class Operand:
         return self.weight.dtype if self.weight is not None and self.scale is not None else None
 
 
-def operand(weights: WeightReader, module: nn.Module) -> Operand:
+def operand(weights: WeightReader, module: Any) -> Operand:
     width = module.out_features
     read = weights.read(module)
     if read is None:
@@ -123,7 +123,7 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
     return first.as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def pack(linears: Sequence[nn.Module]) -> None:
+def pack(linears: Sequence[Any]) -> None:
     """Lay the weights (and scales, biases) of linears over the same input side by side, so that one product runs all.
 
     Names, shapes and values stay; each weight becomes a view of the joint storage.
@@ -167,6 +167,7 @@ def multiply(
     elif op.scale is None:
         y = _plain(op, rows.unquantized, out)
     else:
+        assert rows.scale is not None, "the prologue did not quantize these rows"
         y = quantized_matmul(rows.data, rows.scale, op.weight, op.scale, op.bias, dtype, out)
     if adapters:
         for module, part in zip(op.modules, y.split(op.widths, dim=1), strict=True):
@@ -178,8 +179,8 @@ def multiply_gelu(
     op: Operand, rows: Rows, dtype: torch.dtype, adapters: Adapters, kernels: FusedKernels, **prologue
 ) -> Rows:
     """The linear before a GELU and the GELU, as rows for the linear after it."""
-    fusable = op.weight is not None and op.scale is None and op.bias is not None and op.modules[0] not in adapters
-    if fusable and rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32:
+    fusable = rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32
+    if fusable and op.weight is not None and op.scale is None and op.bias is not None and op.modules[0] not in adapters:
         # cuBLASLt's epilogue, which is the tanh form
         return Rows(torch._addmm_activation(op.bias, rows.data, op.weight.t(), use_gelu=True))
     return kernels.gelu(multiply(op, rows, dtype, adapters), **prologue)

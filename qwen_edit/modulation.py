@@ -101,7 +101,8 @@ def compute_table(
         if read is None:
             y = linear(activated)
         else:
-            weight, bias = (w if w is None else w.to(like.device, non_blocking=True) for w in read)
+            weight = read[0].to(like.device, non_blocking=True)
+            bias = None if read[1] is None else read[1].to(like.device, non_blocking=True)
             weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
             y = F.linear(activated, weight, bias)
         return low_rank(y, activated, adapters.get(linear, ()))

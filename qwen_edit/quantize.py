@@ -15,6 +15,7 @@ Which layers keep bf16 is decided by ``keeps_full_precision``, measured on the s
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,19 +24,16 @@ from torch import nn
 from .kernels.reference import quantize_rows
 
 try:
-    from comfy_kitchen.tensor import BaseLayoutParams, QuantizedLayout, QuantizedTensor, register_layout_class
+    import comfy_kitchen.tensor as kitchen
 
     MISSING = None
+    QuantizedTensor: Any = kitchen.QuantizedTensor
+    BaseLayoutParams: Any = kitchen.BaseLayoutParams
+    QuantizedLayout: Any = kitchen.QuantizedLayout
 except ImportError as e:
     MISSING = f"the package comfy-kitchen is not installed ({e})"
-
-    class QuantizedTensor:  # so that isinstance answers no
-        pass
-
+    QuantizedTensor = type("QuantizedTensor", (), {})  # so that isinstance answers no
     BaseLayoutParams = QuantizedLayout = object
-
-    def register_layout_class(name, cls):
-        pass
 
 
 FORMATS = ("fp8", "int8", "w4a4")
@@ -77,7 +75,8 @@ class RowwiseFP8Layout(QuantizedLayout):
         return {"": qdata, "_scale": params.scale}
 
 
-register_layout_class(ROWWISE_FP8, RowwiseFP8Layout)
+if MISSING is None:
+    kitchen.register_layout_class(ROWWISE_FP8, RowwiseFP8Layout)
 
 
 # What a weight takes in each form (None: bf16), as a share of its bf16 size.
@@ -125,7 +124,7 @@ class FourBitLinear(QuantizedLinear):
         return F.linear(rounded.to(x.dtype), self.weight.dequantize(), self.bias)
 
 
-def quantize_weight(weight: torch.Tensor, form: str) -> "QuantizedTensor":
+def quantize_weight(weight: torch.Tensor, form: str) -> torch.Tensor:
     """A weight ``[N, K]`` in one of ``FORMATS``, on the weight's device."""
     if form == "fp8":
         return QuantizedTensor.from_float(weight, ROWWISE_FP8)
@@ -202,7 +201,7 @@ def stored_bytes(model: nn.Module) -> int:
     return total
 
 
-def in_its_form(module: nn.Module, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
+def in_its_form(module: Any, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor that was read for ``module``, quantized if that is how the module keeps it."""
     wanted = isinstance(module, QuantizedLinear) and parameter == "weight"
     return quantize_weight(tensor, module.form) if wanted else tensor
@@ -213,7 +212,7 @@ def activation_dtype(layout: str) -> torch.dtype | None:
     return FP8 if layout in FP8_LAYOUTS else INT8 if layout == INT8_LAYOUT else None
 
 
-def plain_parts(weight: "QuantizedTensor") -> tuple[torch.Tensor, torch.Tensor] | None:
+def plain_parts(weight: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Data ``[N, K]`` and scales ``[N, 1]`` of a weight that ``quantized_matmul`` takes; None for other forms."""
     layout, params = weight._layout_cls, weight._params
     rotated = layout == INT8_LAYOUT and (params.convrot or params.transposed)
@@ -223,7 +222,7 @@ def plain_parts(weight: "QuantizedTensor") -> tuple[torch.Tensor, torch.Tensor] 
     return data, scale if scale.ndim == 2 else scale.reshape(-1, 1).expand(data.shape[0], 1).contiguous()
 
 
-def replace_parts(weight: "QuantizedTensor", data: torch.Tensor, scale: torch.Tensor) -> None:
+def replace_parts(weight: Any, data: torch.Tensor, scale: torch.Tensor) -> None:
     """Put equal data and scales that lie elsewhere in memory into the weight."""
     weight._qdata = data
     weight._params = replace(weight._params, scale=scale.reshape(weight._params.scale.shape))

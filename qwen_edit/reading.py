@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,8 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
 
 
 def _read(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:
-    view, done = memoryview(buffer.numpy())[: stored.nbytes], 0
+    view: Any = memoryview(buffer.numpy().data)[: stored.nbytes]
+    done = 0
     with stored.path.open("rb", buffering=0) as file:
         file.seek(stored.offset)
         while done < len(view):

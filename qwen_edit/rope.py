@@ -55,7 +55,8 @@ def rope_table(
             )
             angles.append(torch.cat([a.expand(rows, columns, -1) for a in along], dim=-1).flatten(0, 1))
         text_angles, image_angles = angles[0], torch.cat(angles[1:])
-        return tuple(torch.stack([a.cos(), a.sin()]).to(device) for a in (text_angles, image_angles))
+        text, image = (torch.stack([a.cos(), a.sin()]).to(device) for a in (text_angles, image_angles))
+        return text, image
 
 
 def _half(size: int, positions: Positions) -> int:

@@ -1,6 +1,7 @@
 """Weights that stay in RAM, pinned in the background so that their copies to the card run at the bus's speed."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import comfy.model_management
 import torch
@@ -25,7 +26,8 @@ class BackgroundPins:
         if manager.TOTAL_PINNED_MEMORY + tensor.nbytes > SHARE_OF_BUDGET * manager.MAX_PINNED_MEMORY:
             return
         # As comfy.model_management.pin_memory does, but without releasing cached outputs from this thread.
-        if torch.cuda.cudart().cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1) == 0:
+        runtime: Any = torch.cuda.cudart()
+        if runtime.cudaHostRegister(tensor.data_ptr(), tensor.nbytes, 1) == 0:
             manager.PINNED_MEMORY[tensor.data_ptr()] = tensor.nbytes
             manager.TOTAL_PINNED_MEMORY += tensor.nbytes
             self._pinned.append(tensor)

@@ -28,8 +28,11 @@ class Rows:
         """Parts of at most ``count`` rows (None: one)."""
         if count is None:
             return [self]
-        columns = [(t.split(count) if t is not None else None) for t in (self.data, self.scale, self.full)]
-        return [Rows(*(None if c is None else c[i] for c in columns)) for i in range(len(columns[0] or ()))]
+        data = self.data.split(count)
+        missing = [None] * len(data)
+        scales = missing if self.scale is None else self.scale.split(count)
+        fulls = missing if self.full is None else self.full.split(count)
+        return [Rows(*parts) for parts in zip(data, scales, fulls, strict=True)]
 
 
 @dataclass(frozen=True)

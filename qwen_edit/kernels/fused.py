@@ -15,7 +15,7 @@ _QUANTIZATION = {
     dtype: {
         "QUANTIZE": dtype is not None,
         "SMALLEST": SMALLEST_SCALE,
-        "LARGEST": QUANTIZED_MAX.get(dtype, 1.0),
+        "LARGEST": 1.0 if dtype is None else QUANTIZED_MAX[dtype],
         "IS_INT": dtype == torch.int8,
     }
     for dtype in (None, *QUANTIZED_MAX)
