@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import FusedKernels, Rows
-from .quantize import QuantizedTensor, plain_parts, quantized_matmul, replace_parts
+from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,8 @@ def operand(weights: WeightReader, module: Any) -> Operand:
     weight, bias = read
     if isinstance(weight, QuantizedTensor):
         parts = plain_parts(weight)
-        if parts is None:  # a form that only its own library multiplies
+        # a form that only its own library multiplies, or that we can't multiply on this card
+        if parts is None or not multiplies(parts[0].device, parts[0].dtype, weight.dtype):
             return Operand((module,), (width,), None)
         return Operand((module,), (width,), *parts, bias)
     return Operand((module,), (width,), weight, None, bias)

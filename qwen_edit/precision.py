@@ -96,4 +96,4 @@ def _problem(form: str, device: torch.device) -> str | None:
     capability, least = torch.cuda.get_device_capability(device), LEAST_CAPABILITY[form]
     if capability < least:
         return f"it needs compute capability {least[0]}.{least[1]}, this card has {capability[0]}.{capability[1]}"
-    return None
+    return quantize.fp8_problem(device) if form == "fp8" else None

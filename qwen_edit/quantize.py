@@ -91,6 +91,10 @@ class StaysInRam(nn.Linear):
         leaves_ram = fn(torch.empty(0, dtype=self.weight.dtype)).device.type not in ("cpu", "meta")
         return self if leaves_ram else super()._apply(fn, recurse)
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.device, non_blocking=True)
+        return F.linear(x, self.weight.to(x.device, non_blocking=True), bias)
+
 
 class QuantizedLinear(nn.Linear):
     """A linear whose weight is to be, or is, quantized, under the usual names.
@@ -257,8 +261,29 @@ def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
         return None
     capability = torch.cuda.get_device_capability(device)
     if form == FP8:
-        return _scaled_mm if capability >= (8, 9) and dtype in (torch.bfloat16, torch.float16) else None
+        runs = capability >= (8, 9) and dtype in (torch.bfloat16, torch.float16) and fp8_problem(device) is None
+        return _scaled_mm if runs else None
     return _int8_product(device, dtype) if capability >= (7, 5) else None
+
+
+def multiplies(device: torch.device, form: torch.dtype, dtype: torch.dtype) -> bool:
+    """Whether a product of this form runs as one here; on the CPU it is made of float ones."""
+    return device.type == "cpu" or _product(device, form, dtype) is not None
+
+
+@lru_cache(maxsize=4)
+def fp8_problem(device: torch.device) -> str | None:
+    """Why fp8 with a scale for each row does not run on a CUDA device that could, or None: not every build of torch has
+    it for every card (Windows and early Blackwell among them), so it is tried."""
+    x = torch.ones((32, 32), device=device).to(FP8)
+    scale = torch.ones((32, 1), device=device)
+    try:
+        _scaled_mm(x, scale, x, scale, torch.ones(32, dtype=torch.bfloat16, device=device), torch.bfloat16, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:
+        return f"torch {torch.__version__} refuses the product on this card ({next(iter(str(e).splitlines()), e)})"
+    return None
 
 
 def _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype, out):

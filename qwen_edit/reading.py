@@ -60,6 +60,9 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
                     free.append(buffer)
         finally:
             pool.shutdown(cancel_futures=True)
+            free.clear()
+            if pinned and hasattr(torch._C, "_host_emptyCache"):  # else torch keeps the buffers page-locked for good
+                torch._C._host_emptyCache()
 
 
 def _read(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,7 @@ from .linear import (
     multiply_gelu,
     operand,
     packed,
+    runs_itself,
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
 from .rope import Grid, Positions, rope_table
@@ -250,7 +251,9 @@ def _halves(table: ModulationTable, block: int, rows, output_tokens: int, text_t
 
 
 def _modulation_table(model, timestep, like, forward: Forward, cache, key, schedule) -> ModulationTable:
-    cache = cache or ModulationCache()
+    linears = [linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1])]
+    if cache is None or any(runs_itself(linear) for linear in linears):  # no key knows what a replaced forward does
+        cache = ModulationCache()
     return cache.table(
         key,
         [*timestep.tolist(), 0.0],

@@ -1,5 +1,8 @@
 """Which implementation of the fused operations runs, and which compiled kernel a launch takes."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -123,8 +126,23 @@ def test_an_unlike_call_is_compiled_anew(relaunch, change):
     assert (kernel.compiled, len(kernel.runs)) == (2, 1)
 
 
-def test_another_current_card_takes_the_long_way(relaunch, monkeypatch):
-    kernel, _, again = relaunch
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    again()
-    assert (kernel.compiled, kernel.runs) == (2, [])
+def test_a_kernel_runs_on_its_tensors_card(monkeypatch):
+    current, ran_on = [0], []
+
+    @contextmanager
+    def on_card(device):
+        before, current[0] = current[0], device.index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", on_card)
+    monkeypatch.setattr(launch, "_compiled", {})
+
+    class Seen:
+        def __getitem__(self, grid):
+            return lambda *_, **__: ran_on.append(current[0])
+
+    tensor = SimpleNamespace(dtype=BF16, data_ptr=lambda: 0, device=torch.device("cuda", 1))
+    launch.launch(Seen(), 5, (tensor,), (3,), {"C": 8}, 4)
+    assert (ran_on, current) == ([1], [0])

@@ -23,12 +23,23 @@ EIGHT_BIT = {"Turing": "int8", "Ampere": "int8", "Ada": "fp8", "Hopper": "fp8"}
 
 @pytest.fixture
 def resolved(monkeypatch):
+    monkeypatch.setattr(quantize, "fp8_problem", lambda device: None)
+
     def resolved(card: str, precision: str = "auto", profile: str = "auto", gib: int = 24, device=CUDA) -> Precision:
         capability, half = CARDS[card]
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         return resolve_precision(precision, profile, device, half, BLOCK_BYTES, gib * 2**30)
 
     return resolved
+
+
+def test_fp8_that_this_torch_refuses_falls_back_to_int8_with_the_reason(resolved, monkeypatch):
+    monkeypatch.setattr(quantize, "fp8_problem", lambda device: "torch refuses the product on this card")
+    for asked in ({"precision": "fp8"}, {"profile": "fast"}, {"gib": 24}):
+        assert resolved("Ada", **asked).form == "int8"
+    asked = resolved("Ada", precision="fp8")
+    assert asked.fell_back
+    assert "refuses the product" in asked.why
 
 
 @pytest.mark.parametrize("card", EIGHT_BIT)

@@ -311,6 +311,7 @@ def test_the_product_of_a_card(monkeypatch, capability, has_fp8, has_int8):
     int8 = object()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype: int8)
+    monkeypatch.setattr(quantize, "fp8_problem", lambda device: None)
     product, card = quantize._product.__wrapped__, torch.device("cuda", 0)
     for dtype in (BF16, torch.float16, FP32):
         assert product(card, FP8, dtype) is (quantize._scaled_mm if has_fp8 and dtype != FP32 else None)

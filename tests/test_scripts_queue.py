@@ -6,6 +6,7 @@ import io
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import comfy_socket
@@ -211,6 +212,9 @@ def test_messages_of_every_length_and_in_fragments_arrive_whole():
     assert connection.receive() == "ä" + "x" * 300
     assert connection.receive() is None
     connection.close()
+    end = time.monotonic() + 5
+    while not received and time.monotonic() < end:  # the server reads it in its own thread
+        time.sleep(0.01)
     assert received[0][:2] == bytes([0x8A, 0x84]), "a masked pong of four bytes"
 
 

@@ -21,12 +21,13 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.modulation import ModulationCache
-from ...qwen_edit.quantize import QuantizedTensor, activation_dtype
+from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward, denoise
 from . import folders, notes
 from .model import HostTransformer, known_times, not_honoured, pack_latents, unpack_latents, with_less_memory_if_needed
 
 KEY = "qwen_edit_accelerate"
+NATIVE_FORWARD = QwenImageTransformer2DModel._forward
 REFERENCE_TIMESTEP_ZERO = "index_timestep_zero"
 
 # The modulation tables of each accelerated transformer; they go with it.
@@ -53,13 +54,17 @@ def accelerate(model, attention: str):
     head_dim = transformer.transformer_blocks[0].attn.dim_head
     choice = resolve(attention, device, dtype, head_dim, folders.tuned_attention())
     form = quantized_form(transformer)
-    kernels = resolve_kernels(device, dtype, activation_dtype(form) if form is not None else None)
+    activations = _activations(transformer, device, dtype)
+    kernels = resolve_kernels(device, dtype, activations)
     clone = model.clone()
     clone.remove_wrappers_with_key(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY)
     clone.add_wrapper_with_key(
         comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, AcceleratedForward(choice, kernels, model)
     )
-    return clone, _lines(dtype, form, choice, kernels)
+    clone.add_callback_with_key(
+        comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _TABLES.pop(transformer, None)
+    )
+    return clone, _lines(dtype, form, activations, choice, kernels)
 
 
 def quantized_form(transformer) -> str | None:
@@ -68,11 +73,21 @@ def quantized_form(transformer) -> str | None:
     return weight._layout_cls if isinstance(weight, QuantizedTensor) else None
 
 
-def _lines(dtype: torch.dtype, form: str | None, choice: KernelChoice, kernels: FusedKernels) -> list[str]:
+def _activations(transformer, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What our kernels quantize activations to; None: nothing, or ComfyUI multiplies with these weights itself."""
+    first = transformer.transformer_blocks[0].attn.to_q
+    form = quantized_form(transformer)
+    wanted = None if form is None or _asks_for_more(first) else activation_dtype(form)
+    return wanted if wanted is not None and multiplies(device, wanted, dtype) else None
+
+
+def _lines(
+    dtype: torch.dtype, form: str | None, activations: torch.dtype | None, choice: KernelChoice, kernels: FusedKernels
+) -> list[str]:
     what = str(dtype).removeprefix("torch.")
     if form is not None:
         what += f", weights {form}"
-        if activation_dtype(form) is None:
+        if activations is None:
             what += " (multiplied by ComfyUI)"
     lines = [f"{what}, attention {choice.name}, kernels {kernels.name}"]
     if choice.fell_back:
@@ -119,6 +134,8 @@ class AcceleratedForward:
         method = ref_latents_method or native.default_ref_method
         problems = not_honoured(x, references, control, additional_t_cond, method, transformer_options)
         problems += _replaced_parts(native)
+        if getattr(native_forward, "__func__", None) is not NATIVE_FORWARD:
+            problems.append("a forward that another pack has put in its place")
         if problems:
             self._say_once(f"Runs ComfyUI's own forward, because of {', '.join(problems)}.")
             given = {"control": control, "ref_latents_method": ref_latents_method}
@@ -217,7 +234,13 @@ class CastWeights:
         """Weight and bias of a module that DynamicVRAM has on the card as they are needed; None: ComfyUI has to bring or
         change them. Its own way to the same tensors takes ten times as long, and there are 840 of them in a forward."""
         pages = vars(module).get("_v")
-        if pages is None or module.weight_function or module.bias_function or "_prefetch" in vars(module):
+        if (
+            pages is None
+            or self.device.type == "cpu"
+            or module.weight_function
+            or module.bias_function
+            or "_prefetch" in vars(module)
+        ):
             return None
         signature = model_vbar.vbar_fault(pages)
         if signature is None:

@@ -268,14 +268,18 @@ class QwenEditModel(comfy.model_base.QwenImage):
     def fill(self, device: torch.device) -> None:
         logging.info("Qwen Edit Fast: reading the transformer of %s", self.source.label)
         bar = comfy.utils.ProgressBar(100)
-        fill(
-            self.diffusion_model,
-            self.source,
-            self.diffusion_model.dtype,
-            device,
-            lambda done, total: bar.update_absolute(round(100 * done / total)),
-            self._pins.add,
-        )
+        try:
+            fill(
+                self.diffusion_model,
+                self.source,
+                self.diffusion_model.dtype,
+                device,
+                lambda done, total: bar.update_absolute(round(100 * done / total)),
+                self._pins.add if device.type != "cpu" else None,  # there they are the file's own pages
+            )
+        except BaseException:  # cancelled too: the next load pins its own
+            self._pins.release()
+            raise
 
     def empty(self) -> None:
         self._pins.release()

@@ -23,7 +23,10 @@ class BackgroundPins:
 
     def _pin(self, tensor: torch.Tensor) -> None:
         manager = comfy.model_management
-        if manager.TOTAL_PINNED_MEMORY + tensor.nbytes > SHARE_OF_BUDGET * manager.MAX_PINNED_MEMORY:
+        if (
+            tensor.is_pinned()
+            or manager.TOTAL_PINNED_MEMORY + tensor.nbytes > SHARE_OF_BUDGET * manager.MAX_PINNED_MEMORY
+        ):
             return
         # As comfy.model_management.pin_memory does, but without releasing cached outputs from this thread.
         runtime: Any = torch.cuda.cudart()

@@ -57,7 +57,8 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     prepared, sigmas = _prepare(model, latent, recipe)
     samples = latent["samples"]
     steps = KnownSteps(sigmas.tolist())
-    prepared.model_options["transformer_options"][STEPS] = steps
+    if not _timesteps_may_change(prepared):
+        prepared.model_options["transformer_options"][STEPS] = steps
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     result = comfy.sample.sample_custom(
         prepared,
@@ -74,6 +75,11 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     )
     check_finite(result, model)
     return latent | {"samples": result}
+
+
+def _timesteps_may_change(model) -> bool:
+    """Whether somebody else's wrapper stands between the sampler and the forward, and could ask for another timestep."""
+    return "model_function_wrapper" in model.model_options or any(model.wrappers.values())
 
 
 def _counted(callback, steps: KnownSteps):

@@ -1,12 +1,22 @@
 """The transformer in ComfyUI's memory manager: whole on the card but for the modulation, or streamed block by block."""
 
+from typing import NamedTuple
+
 import comfy.model_management
 import comfy.utils
+import torch
 
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.linear import pack
 from ...qwen_edit.quantize import is_modulation, stored_bytes
 from .memory import ShellPatcher
+
+
+class Backup(NamedTuple):
+    """What ComfyUI keeps of a weight that it patches."""
+
+    weight: torch.Tensor
+    inplace_update: bool
 
 
 class TransformerPatcher(ShellPatcher):
@@ -23,15 +33,22 @@ class TransformerPatcher(ShellPatcher):
     def load(self, device_to=None, *args, **kwargs):
         super().load(device_to, *args, **kwargs)
         transformer = self.model.diffusion_model
-        for key in self.patches:
-            if is_modulation(key):  # ComfyUI patches on the card
-                weight = comfy.utils.get_attr(self.model, key)
-                weight.data = weight.data.to("cpu")
         transformer.weights_version = self.patches_uuid
         for block in transformer.transformer_blocks:
             attn = block.attn
             pack([attn.to_q, attn.to_k, attn.to_v])
             pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
+
+    def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
+        """ComfyUI's, with the modulation back in RAM after each weight that it has patched on the card."""
+        if return_weight or key not in self.patches or not is_modulation(key):
+            return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        weight = comfy.utils.get_attr(self.model, key)
+        self.backup.setdefault(key, Backup(weight, False))
+        super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
+        patched = comfy.utils.get_attr(self.model, key)
+        patched.data = patched.data.to("cpu")
+        return None
 
     def patch_hooks(self, hooks):
         form = self.model.diffusion_model.precision.form
@@ -49,6 +66,8 @@ class TransformerPatcher(ShellPatcher):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             self.model.diffusion_model.weights_version = None
+            if device_to is not None and not self._stay:  # the tables leave the card with the weights
+                self.model.diffusion_model.modulation.clear()
 
 
 class StreamingPatcher(TransformerPatcher):

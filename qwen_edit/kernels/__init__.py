@@ -56,13 +56,28 @@ def resolve_kernels(device: torch.device, dtype: torch.dtype, quantize: torch.dt
 
 
 def _probe(fused, device: torch.device, dtype: torch.dtype, quantize: torch.dtype | None) -> str | None:
-    """Run the longest kernel against its reference on a small input; the reason why it can't be used, or None."""
+    """Run every kernel against its reference on small inputs; the reason why they can't be used, or None.
+
+    Twice, because a second launch takes another way (see ``launch.py``)."""
     x = torch.linspace(-3, 3, 4 * 64, device=device).reshape(1, 4, 64).to(dtype)
     table = torch.linspace(-1, 1, 2 * 192, device=device).reshape(2, 192).to(dtype)
     modulation = Modulation(table, torch.tensor([[0], [1]], device=device), 2)
+    rope = torch.linspace(-1, 1, 2 * 4 * 8, device=device).reshape(2, 4, 8)
+    weight = torch.linspace(0.5, 1.5, 16, device=device).to(dtype)
     results = []
-    for module in (fused, reference):
-        rows = module.norm_modulate(x.clone(), modulation, Update(x, modulation), eps=1e-6, quantize=quantize)
-        results.append(rows.data.float() * (1 if rows.scale is None else rows.scale))
-    error = ((results[0] - results[1]).norm() / results[1].norm()).item()
-    return None if error < 0.05 else f"the result is off by {error:.3g} on the probe"
+    for module in (reference, fused, fused):
+        found = [
+            module.norm_modulate(x.clone(), modulation, Update(x, modulation), eps=1e-6, quantize=quantize),
+            module.gelu(x[0], quantize=quantize),
+            module.quantize_rows(x[0], quantize),
+        ]
+        joint = torch.zeros(1, 4, 3, 4, 16, device=device, dtype=dtype)
+        heads = x.unflatten(-1, (4, 16))
+        module.qk_norm_rope(heads, heads, heads, weight, weight, rope, joint, eps=1e-6)
+        values = [rows.data.float() * (1 if rows.scale is None else rows.scale) for rows in found]
+        results.append([*values, joint.float()])
+    for result in results[1:]:
+        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0], strict=True)]
+        if not max(errors) < 0.05:
+            return f"the result is off by {max(errors):.3g} on the probe"
+    return None

@@ -7,6 +7,8 @@ is more than a small picture's arithmetic. A call whose arguments are alike in e
 
 import torch
 
+MOST_KEPT = 4096  # calls; each length of a prompt makes a few
+
 _compiled: dict[tuple, object] = {}
 
 
@@ -16,12 +18,18 @@ def launch(kernel, programs: int, tensors: tuple, numbers: tuple, constants: dic
     Raises:
         Whatever Triton raises where it can't compile or run the kernel.
     """
+    device = tensors[0].device
+    if device.type == "cuda" and torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return launch(kernel, programs, tensors, numbers, constants, warps, stages)
     likeness = tuple((t.dtype, t.data_ptr() % 16) for t in tensors)
-    key = (kernel, tensors[0].device, likeness, numbers, tuple(constants.values()), warps, stages)
+    key = (kernel, device, likeness, numbers, tuple(constants.values()), warps, stages)
     compiled = _compiled.get(key)
-    if compiled is not None and torch.cuda.current_device() == tensors[0].device.index:
+    if compiled is not None:
         compiled[(programs, 1, 1)](*tensors, *numbers, *constants.values())  # pyright: ignore[reportIndexIssue]
         return
     found = kernel[(programs,)](*tensors, *numbers, **constants, num_warps=warps, num_stages=stages)
+    if len(_compiled) >= MOST_KEPT:
+        _compiled.clear()
     if found is not None:  # Triton's interpreter compiles nothing
         _compiled[key] = found
