@@ -33,11 +33,10 @@ from qwen_edit.attention import CHOICES, resolve
 from qwen_edit.kernels import resolve_kernels
 from qwen_edit.linear import pack
 from qwen_edit.modulation import ModulationCache
-from qwen_edit.quantize import FORMATS, in_its_form, prepare
+from qwen_edit.quantize import ACTIVATIONS, FORMATS, in_its_form, prepare
 from qwen_edit.transformer import QwenEditTransformer
 
 DTYPE = torch.bfloat16
-ACTIVATIONS = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 def random_model(layers: int, device: torch.device) -> QwenEditTransformer:

@@ -101,8 +101,7 @@ def compute_table(
         if read is None:
             y = linear(activated)
         else:
-            weight = read[0].to(like.device, non_blocking=True)
-            bias = None if read[1] is None else read[1].to(like.device, non_blocking=True)
+            weight, bias = read
             weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
             y = F.linear(activated, weight, bias)
         return low_rank(y, activated, adapters.get(linear, ()))

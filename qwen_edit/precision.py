@@ -33,7 +33,7 @@ class Precision:
     @property
     def activations(self) -> torch.dtype | None:
         """What activations are quantized to before our own products."""
-        return {"fp8": quantize.FP8, "int8": quantize.INT8}.get(self.form or "")
+        return quantize.ACTIVATIONS.get(self.form or "")
 
 
 def resolve_precision(

@@ -39,12 +39,11 @@ except ImportError as e:
 FORMATS = ("fp8", "int8", "w4a4")
 ROWWISE_FP8 = "QwenEditRowwiseFP8Layout"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
+ACTIVATIONS = {"fp8": FP8, "int8": INT8}  # what activations become before our own products
 FP8_LAYOUTS = (ROWWISE_FP8, "TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout")
 INT8_LAYOUT = "TensorWiseINT8Layout"
 W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
 ROTATIONS = (256, 64)  # sizes that comfy-kitchen's kernels know; it also has 16, but scales groups of 64
-
-
 LEAST_INT_MM_ROWS = 17  # of torch._int_mm on CUDA
 
 

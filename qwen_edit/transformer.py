@@ -123,7 +123,8 @@ def _project(forward: Forward, stream: Stream, norm, modulation, linears, norms,
 def _multiply_one(forward: Forward, module, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A linear whose input no kernel of ours has written."""
     operands = forward.operands(module)
-    rows = forward.kernels.quantize_rows(x, operands[0].prologue, keep=module in forward.adapters)
+    prologue = forward.prologue(operands)
+    rows = forward.kernels.quantize_rows(x, prologue["quantize"], keep=prologue["keep"])
     return multiply(operands[0], rows, dtype, forward.adapters)
 
 
@@ -162,10 +163,8 @@ def block_forward(
     heads = attn.heads
     joint = image.x.new_empty((batch, tokens, 3, heads, channels // heads))
 
-    text_linears, text_norms = (
-        (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj),
-        (attn.norm_added_q, attn.norm_added_k),
-    )
+    text_linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
+    text_norms = (attn.norm_added_q, attn.norm_added_k)
     image_linears, image_norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
     into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:]
     _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
@@ -173,8 +172,7 @@ def block_forward(
     q, k, v = joint.unbind(2)
     if output_tokens is not None:
         image.x = image.x[:, :output_tokens]
-        out = forward.attend(q[:, text_tokens : text_tokens + output_tokens], k, v, mask).flatten(2)
-        image_out = out
+        image_out = forward.attend(q[:, text_tokens : text_tokens + output_tokens], k, v, mask).flatten(2)
     else:
         out = forward.attend(q, k, v, mask).flatten(2)
         text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
@@ -221,8 +219,8 @@ def denoise(
     output_tokens = grids[0][0] * grids[0][1]
     image = Stream(forward.plain(model.img_in, latents))
     encoded = Stream(forward.plain(model.txt_in, model.txt_norm(text)))
-    table = _modulation_table(model, timestep, image.x, forward, modulation, modulation_key, schedule)
-    times = timestep.tolist()
+    times = timestep.tolist()  # waits for the device if it is there
+    table = _modulation_table(model, times, image.x, forward, modulation, modulation_key, schedule)
     rows = table.rows(times, [0.0] * len(times) if zero_cond_t else times)
     text_rope, image_rope = rope_table(grids, text.shape[1], axes_dims, forward.positions, image.x.device)
     mask = None
@@ -250,13 +248,13 @@ def _halves(table: ModulationTable, block: int, rows, output_tokens: int, text_t
     return table.halves(block, stream, rows, output_tokens if stream == IMAGE else text_tokens)
 
 
-def _modulation_table(model, timestep, like, forward: Forward, cache, key, schedule) -> ModulationTable:
-    linears = [linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1])]
+def _modulation_table(model, times, like, forward: Forward, cache, key, schedule) -> ModulationTable:
+    linears = (linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1]))
     if cache is None or any(runs_itself(linear) for linear in linears):  # no key knows what a replaced forward does
         cache = ModulationCache()
     return cache.table(
         key,
-        [*timestep.tolist(), 0.0],
+        [*times, 0.0],
         schedule,
         lambda timesteps: compute_table(model, timesteps, like, forward.weights, forward.adapters),
     )

@@ -22,13 +22,12 @@ from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
-from ...qwen_edit.transformer import Forward, denoise
+from ...qwen_edit.transformer import Forward
 from . import folders, notes
-from .model import HostTransformer, known_times, not_honoured, pack_latents, unpack_latents, with_less_memory_if_needed
+from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured, run_forward
 
 KEY = "qwen_edit_accelerate"
 NATIVE_FORWARD = QwenImageTransformer2DModel._forward
-REFERENCE_TIMESTEP_ZERO = "index_timestep_zero"
 
 # The modulation tables of each accelerated transformer; they go with it.
 _TABLES: WeakKeyDictionary[torch.nn.Module, ModulationCache] = WeakKeyDictionary()
@@ -144,32 +143,23 @@ class AcceleratedForward:
                 x, timesteps, context, attention_mask, ref_latents, additional_t_cond, transformer_options, **kwargs
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask >= 0
-        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
-        timestep, schedule = known_times(timesteps, transformer_options, None)
         forward = Forward(self.attention.attend, self.kernels, CastWeights(x.device, x.dtype), positions="comfyui")
         try:
-            velocity = with_less_memory_if_needed(
+            return run_forward(
+                native,
                 forward,
-                lambda forward: denoise(
-                    native,
-                    torch.cat(tokens, dim=1),
-                    timestep,
-                    context,
-                    grids,
-                    forward,
-                    axes_dims=tuple(native.pe_embedder.axes_dim),
-                    zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
-                    text_mask=attention_mask,
-                    modulation=self._modulation(native),
-                    modulation_key=self._inner.current_weight_patches_uuid,
-                    schedule=schedule,
-                ),
+                (x, *references),
+                timesteps,
+                context,
+                attention_mask,
+                transformer_options,
+                axes_dims=tuple(native.pe_embedder.axes_dim),
+                zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
+                modulation=self._modulation(native),
+                modulation_key=self._inner.current_weight_patches_uuid,
             )
         finally:
             forward.weights.release()
-        return unpack_latents(velocity, grids[0], x.shape)
 
     def _modulation(self, native) -> ModulationCache | None:
         """Tables of earlier calls; None where nothing names the weights that they would have been made with."""

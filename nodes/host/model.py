@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, replace
+from typing import Any
 
 import comfy.latent_formats
 import comfy.ldm.common_dit
@@ -30,7 +31,8 @@ from .transformer_patcher import StreamingPatcher, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
 STEPS = "qwen_edit_steps"  # key in transformer_options: our sampler's KnownSteps
-REFERENCE_METHODS = ("index", "index_timestep_zero")
+REFERENCE_TIMESTEP_ZERO = "index_timestep_zero"
+REFERENCE_METHODS = ("index", REFERENCE_TIMESTEP_ZERO)
 
 
 @dataclass
@@ -119,42 +121,69 @@ class HostTransformer(QwenEditTransformer):
                 f"{INPUT} The conditioning is {context.shape[-1]} wide, this model needs {width}: it was made with the text"
                 " encoder of another model."
             )
-        if attention_mask is not None and attention_mask.is_floating_point():
-            attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
-        tokens, grids = zip(*(pack_latents(latents) for latents in (x, *references)), strict=True)
-        positions = transformer_options.get(POSITIONS, "comfyui")
-        # diffusers rounds the timestep to the model's dtype; ComfyUI does not
-        timestep, schedule = known_times(timesteps, transformer_options, x.dtype if positions == "diffusers" else None)
         method = ref_latents_method
         with BlockStream(self.transformer_blocks, x.device) as stream:
             forward = Forward(
                 self.attention.attend,
                 self.kernels,
                 adapters=active_adapters(self, transformer_options),
-                positions=positions,
+                positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before if self.streamed else None,
             )
-            velocity = with_less_memory_if_needed(
+            return run_forward(
+                self,
                 forward,
-                lambda forward: denoise(
-                    self,
-                    torch.cat(tokens, dim=1),
-                    timestep,
-                    context,
-                    grids,
-                    forward,
-                    axes_dims=tuple(self.config.axes_dims_rope),
-                    zero_cond_t=self.config.zero_cond_t if method is None else method == "index_timestep_zero",
-                    text_mask=attention_mask,
-                    modulation=self.modulation,
-                    modulation_key=(self.weights_version, modulation_key(transformer_options)),
-                    schedule=schedule,
-                ),
+                (x, *references),
+                timesteps,
+                context,
+                attention_mask,
+                transformer_options,
+                axes_dims=tuple(self.config.axes_dims_rope),
+                zero_cond_t=self.config.zero_cond_t if method is None else method == REFERENCE_TIMESTEP_ZERO,
+                modulation=self.modulation,
+                modulation_key=(self.weights_version, modulation_key(transformer_options)),
             )
-        return unpack_latents(velocity, grids[0], x.shape)
 
 
-def known_times(timesteps: torch.Tensor, transformer_options, rounded: torch.dtype | None):
+ROWS_WHEN_SHORT = 2048
+
+
+def run_forward(
+    model, forward: Forward, latents, timesteps, context, attention_mask, transformer_options, **of_the_model
+) -> torch.Tensor:
+    """``denoise`` over ComfyUI's arguments; if memory runs out, once more with the MLPs in parts.
+
+    Args:
+        latents: output and references, each ``[B, 16, 1, h, w]``.
+        attention_mask: of the text, boolean or ComfyUI's additive form; None: all of it counts.
+        of_the_model: what else ``denoise`` is told.
+
+    Returns:
+        Velocity, shaped as the output.
+    """
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
+    tokens, grids = zip(*(_pack(picture) for picture in latents), strict=True)
+    # diffusers rounds the timestep to the model's dtype; ComfyUI does not
+    rounded = latents[0].dtype if forward.positions == "diffusers" else None
+    timestep, schedule = _known_times(timesteps, transformer_options, rounded)
+
+    def run(forward: Forward) -> torch.Tensor:
+        packed = torch.cat(tokens, dim=1)
+        options: dict[str, Any] = {"text_mask": attention_mask, "schedule": schedule, **of_the_model}
+        return _unpack(denoise(model, packed, timestep, context, grids, forward, **options), grids[0], latents[0].shape)
+
+    try:
+        return run(forward)
+    except torch.OutOfMemoryError:
+        pass  # outside, so that the tensors of the failed run are free
+    forward.weights.release()
+    comfy.model_management.soft_empty_cache()
+    notes.say("Out of memory: trying once more with the MLPs in parts, which is a little slower.")
+    return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
+
+
+def _known_times(timesteps: torch.Tensor, transformer_options, rounded: torch.dtype | None):
     """The timesteps ``[B]``, on the CPU where they are known without asking the card, and the schedule they belong to.
 
     Args:
@@ -167,21 +196,6 @@ def known_times(timesteps: torch.Tensor, transformer_options, rounded: torch.dty
         return schedule[steps.done].expand(len(timesteps)), schedule.tolist()
     sigmas = transformer_options.get("sample_sigmas")
     return timesteps.to(dtype), [] if sigmas is None else sigmas.to(dtype).tolist()
-
-
-ROWS_WHEN_SHORT = 2048
-
-
-def with_less_memory_if_needed(forward: Forward, run):
-    """``run(forward)``, and if memory runs out once more with the MLPs in parts."""
-    try:
-        return run(forward)
-    except torch.OutOfMemoryError:
-        pass  # outside, so that the tensors of the failed run are free
-    forward.weights.release()
-    comfy.model_management.soft_empty_cache()
-    notes.say("Out of memory: trying once more with the MLPs in parts, which is a little slower.")
-    return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
 
 
 def not_honoured(x, references, control, additional_t_cond, method, transformer_options) -> list[str]:
@@ -213,7 +227,7 @@ def _refuse_what_is_not_honoured(*asked) -> None:
         )
 
 
-def pack_latents(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
+def _pack(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     """``[B, C, 1, h, w]`` -> 2x2 patches ``[B, rows * columns, 4C]`` and (rows, columns); odd sides are padded."""
     padded = comfy.ldm.common_dit.pad_to_patch_size(latents, (1, 2, 2))
     rows, columns = padded.shape[-2] // 2, padded.shape[-1] // 2
@@ -221,7 +235,7 @@ def pack_latents(latents: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int]]:
     return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2), (rows, columns)
 
 
-def unpack_latents(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> torch.Tensor:
+def _unpack(tokens: torch.Tensor, grid: tuple[int, int], shape: torch.Size) -> torch.Tensor:
     patches = tokens.unflatten(1, grid).unflatten(-1, (-1, 2, 2))  # B rows columns C 2 2
     latents = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3).unsqueeze(2)
     return latents[..., : shape[-2], : shape[-1]]
