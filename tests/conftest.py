@@ -15,7 +15,8 @@ with pytest.MonkeyPatch.context() as environment, contextlib.suppress(ImportErro
     for name, value in INTERPRETER.items():
         environment.setenv(name, value)
     import qwen_edit.kernels.fused
-    import qwen_edit.kernels.int8_matmul  # noqa: F401
+    import qwen_edit.kernels.int8_matmul
+    import qwen_edit.kernels.unpack  # noqa: F401
 
 
 @pytest.fixture
