@@ -1,7 +1,7 @@
 """ggml's block formats: what their bytes mean, and weights made of them.
 
 A weight of ``[N, K]`` is cut along K into blocks of 32 or 256 values, each with scales of its own. The layouts are
-facts read from ggml (``ggml-common.h`` for the structs, ``dequantize_row_*`` in ``ggml-quants.c`` for their order of
+facts read from ggml (``ggml.h`` for the numbers, ``ggml-common.h`` for the structs, ``dequantize_row_*`` in ``ggml-quants.c`` for their order of
 operations, which float32 keeps here); the tests compare with the ``gguf`` package's ``quants.py``. What
 ``dequantize`` says in PyTorch, ``kernels/unpack.py`` does in one pass on a card.
 """
@@ -16,9 +16,10 @@ import torch
 
 @dataclass(frozen=True)
 class BlockType:
-    """One format: how many values a block holds, in how many bytes."""
+    """One format: ggml's number of it, how many values a block holds, in how many bytes."""
 
     name: str
+    number: int
     values: int
     nbytes: int
 
@@ -27,16 +28,16 @@ class BlockType:
 BLOCK_TYPES = {
     kind.name: kind
     for kind in (
-        BlockType("Q4_0", 32, 18),
-        BlockType("Q4_1", 32, 20),
-        BlockType("Q5_0", 32, 22),
-        BlockType("Q5_1", 32, 24),
-        BlockType("Q8_0", 32, 34),
-        BlockType("Q2_K", 256, 84),
-        BlockType("Q3_K", 256, 110),
-        BlockType("Q4_K", 256, 144),
-        BlockType("Q5_K", 256, 176),
-        BlockType("Q6_K", 256, 210),
+        BlockType("Q4_0", 2, 32, 18),
+        BlockType("Q4_1", 3, 32, 20),
+        BlockType("Q5_0", 6, 32, 22),
+        BlockType("Q5_1", 7, 32, 24),
+        BlockType("Q8_0", 8, 32, 34),
+        BlockType("Q2_K", 10, 256, 84),
+        BlockType("Q3_K", 11, 256, 110),
+        BlockType("Q4_K", 12, 256, 144),
+        BlockType("Q5_K", 13, 256, 176),
+        BlockType("Q6_K", 14, 256, 210),
     )
 }
 VALUES_AT_ONCE = 2**20  # of the float32 intermediates in PyTorch

@@ -1,24 +1,27 @@
 """What a weights file or folder is, decided from headers before a byte of weights is read.
 
 Two forms are understood: a diffusers folder (``model_index.json`` of ``QwenImageEditPlusPipeline`` or
-``QwenImageEditPipeline``, sharded or not) and one safetensors file holding the transformer, with or without the
+``QwenImageEditPipeline``, sharded or not) and one safetensors or GGUF file holding the transformer, with or without the
 prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffusers' tensor names.
 """
 
 import json
 import math
 import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
+from .blocks import BLOCK_TYPES, BlockType, dequantize, packed_shape
 from .errors import WEIGHTS
+from .gguf import SUFFIX, guess_version, read_gguf_header
+from .packed import PackedLinear
 from .quantize import StaysInRam, in_its_form, is_modulation
-from .reading import Stored, read_ahead
+from .reading import Stored, mapped, read_ahead
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -44,6 +47,8 @@ class TransformerSource:
     tensors: Mapping[str, tuple[Path, str]]
     dtype: torch.dtype
     fingerprint: tuple
+    blocks: Mapping[str, BlockType] = field(default_factory=dict)
+    version_note: str | None = None
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:
@@ -54,15 +59,21 @@ def fingerprint(paths: Iterable[Path]) -> tuple:
 def read_header(path: Path) -> dict[str, dict]:
     """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
 
+    Files whose names end in .gguf are read as such, see ``gguf.py``.
+
     Raises:
-        ValueError: not a safetensors file, with the likely cause, or a damaged one.
+        ValueError: not a safetensors (or GGUF) file, with the likely cause, or a damaged one.
     """
     size = path.stat().st_size
+    is_gguf = path.suffix.lower() == SUFFIX
     with path.open("rb") as file:
         start = file.read(512)
-    cause = _not_safetensors(start, size)
+    cause = _no_weights(start) or (None if is_gguf else _not_safetensors(start, size))
     if cause is not None:
-        raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a safetensors file: {cause}")
+        kind = "GGUF" if is_gguf else "safetensors"
+        raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a {kind} file: {cause}")
+    if is_gguf:
+        return read_gguf_header(path)[0]
     try:
         # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
         with safe_open(path, framework="pt"):
@@ -85,16 +96,20 @@ def _shown(path: Path) -> str:
     return "/".join(path.parts[-3:]) if (path.parent.parent / "model_index.json").is_file() else path.name
 
 
-def _not_safetensors(start: bytes, size: int) -> str | None:
+def _no_weights(start: bytes) -> str | None:
     text = start.lstrip().lower()
     if start.startswith(b"version https://git-lfs"):
         return "it is a Git LFS pointer. Run 'git lfs pull', or download the file itself."
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page, probably an error page saved by the download. Download the file again."
     if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it is a zip or pickle file. This pack loads safetensors only, because a pickle can run code."
+        return "it is a zip or pickle file. This pack loads safetensors and GGUF only, because a pickle can run code."
+    return None
+
+
+def _not_safetensors(start: bytes, size: int) -> str | None:
     if start.startswith(b"GGUF"):
-        return "it is a GGUF file, which this version does not load. Use ComfyUI-GGUF's loader for it."
+        return "it is a GGUF file. This pack takes those as transformers, under names that end in .gguf."
     if size < 10:
         return "it is empty or cut off. Download it again."
     (length,) = struct.unpack("<Q", start[:8])
@@ -136,10 +151,11 @@ def transformer_from_folder(folder: Path) -> TransformerSource:
 
 
 def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> TransformerSource:
-    """The transformer in one safetensors file; its configuration is read off the tensor shapes.
+    """The transformer in one safetensors or GGUF file; its configuration is read off the tensor shapes.
 
     Args:
-        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the marker key.
+        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the marker key, or in a GGUF
+            file without it by what the file calls itself.
 
     Raises:
         ValueError: another architecture, a quantized file, or a damaged one.
@@ -148,19 +164,27 @@ def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> Transf
     prefix = SINGLE_FILE_PREFIX if any(k.startswith(SINGLE_FILE_PREFIX) for k in header) else ""
     names = {k.removeprefix(prefix): k for k in header if k.startswith(prefix)}
     _refuse_other_architectures(path, header, names)
-    quantized = [n for n in names if header[names[n]]["dtype"] not in FLOAT_DTYPES and n != ZERO_COND_MARKER]
+    blocks = {n: BLOCK_TYPES[t] for n, k in names.items() if (t := header[k]["dtype"]) in BLOCK_TYPES}
+    quantized = [
+        n for n in names if n not in blocks and header[names[n]]["dtype"] not in FLOAT_DTYPES and n != ZERO_COND_MARKER
+    ]
     if quantized:
         raise ValueError(
             f"{WEIGHTS} {path.name} holds {len(quantized)} tensors in {header[names[quantized[0]]]['dtype']}. This"
             " version loads bf16, fp16 and fp32 files; use ComfyUI's own loader for quantized ones."
         )
     marked = names.pop(ZERO_COND_MARKER, None) is not None
+    note = None
+    if zero_cond_t is None and not marked and path.suffix.lower() == SUFFIX:
+        marked, note = guess_version(path)
     return TransformerSource(
         label=path.stem,
         config=_config_from_shapes(header, names) | {"zero_cond_t": marked if zero_cond_t is None else zero_cond_t},
         tensors={name: (path, stored) for name, stored in names.items()},
         dtype=_main_dtype([path]),
         fingerprint=fingerprint([path]),
+        blocks=blocks,
+        version_note=note,
     )
 
 
@@ -296,10 +320,16 @@ def fill(
     wanted = _stored(model, source)
     total, done = sum(s.nbytes for s in wanted.values()), 0
     state = {}
-    for name, tensor in _mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
-        module, _, parameter = name.rpartition(".")
-        there = (tensor if wanted[name].keep else tensor.to(device)).to(dtype)
-        state[name] = in_its_form(model.get_submodule(module), parameter, there)
+    for name, tensor in mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
+        path, _, parameter = name.rpartition(".")
+        module = model.get_submodule(path)
+        there = tensor if wanted[name].keep else tensor.to(device)
+        if name not in source.blocks:
+            there = there.to(dtype)
+        elif not isinstance(module, PackedLinear):
+            there = dequantize(tensor.to(device), source.blocks[name], dtype)  # on the card, where it is fast
+            there = there.view(getattr(module, parameter).shape).to(tensor.device if wanted[name].keep else device)
+        state[name] = in_its_form(module, parameter, there)
         if wanted[name].keep and on_ram is not None:
             on_ram(there)
         done += wanted[name].nbytes
@@ -309,13 +339,6 @@ def fill(
     model.requires_grad_(False)
 
 
-def _mapped(wanted: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
-    """On the CPU the files' own pages serve as memory."""
-    for path in {s.path for s in wanted.values()}:
-        with safe_open(path, framework="pt") as file:
-            yield from ((name, file.get_tensor(s.name)) for name, s in wanted.items() if s.path == path)
-
-
 def _stored(model: torch.nn.Module, source: TransformerSource) -> dict[str, Stored]:
     """By the model's names, in the order in which the tensors lie in the files."""
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
@@ -323,9 +346,10 @@ def _stored(model: torch.nn.Module, source: TransformerSource) -> dict[str, Stor
     for name, (path, key) in source.tensors.items():
         entry = headers[path][key]
         keep = isinstance(model.get_submodule(name.rpartition(".")[0]), StaysInRam)
-        found[name] = Stored(
-            key, path, entry["data_offsets"][0], tuple(entry["shape"]), FLOAT_DTYPES[entry["dtype"]], keep
-        )
+        kind = source.blocks.get(name)
+        shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
+        dtype = torch.uint8 if kind is not None else FLOAT_DTYPES[entry["dtype"]]
+        found[name] = Stored(key, path, entry["data_offsets"][0], shape, dtype, keep)
     return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset)))
 
 
@@ -335,11 +359,14 @@ def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
     Raises:
         ValueError: tensors are missing, unexpected or of another shape.
     """
-    expected = model.state_dict()
+    expected = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    for name, module in model.named_modules():
+        if isinstance(module, PackedLinear):
+            expected[f"{name}.weight"] = torch.Size((module.out_features, module.in_features))
     check_names(source.label, expected.keys(), source.tensors.keys())
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
     for name, (path, stored) in source.tensors.items():
-        _check_shape(source.label, name, headers[path][stored]["shape"], expected[name].shape)
+        _check_shape(source.label, name, headers[path][stored]["shape"], expected[name])
 
 
 def _check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

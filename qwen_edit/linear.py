@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .kernels import FusedKernels, Rows
+from .packed import PackedLinear, unpacked
 from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
 
 
@@ -53,6 +54,8 @@ class Resident:
     ``load_lora_weights``) may do more with theirs."""
 
     def read(self, module):
+        if type(module) is PackedLinear and not runs_itself(module):
+            return unpacked([module])
         plain = type(module).forward is nn.Linear.forward and not runs_itself(module)
         return (module.weight, module.bias) if plain else None
 
@@ -98,6 +101,16 @@ def operand(weights: WeightReader, module: Any) -> Operand:
     return Operand((module,), (width,), weight, None, bias)
 
 
+def operands_of(weights: WeightReader, modules: Sequence[Any]) -> list[Operand]:
+    """Of linears over one input: one operand where their weights lie side by side, or have to be unpacked anyway."""
+    if len(modules) > 1 and all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
+        weight, bias = unpacked(modules)
+        return [Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)]
+    each = [operand(weights, m) for m in modules]
+    joined = packed(each) if len(each) > 1 else None
+    return each if joined is None else [joined]
+
+
 def packed(operands: Sequence[Operand]) -> Operand | None:
     """Linears over the same input as one, if their weights lie side by side in memory (see ``pack``)."""
     columns = list(zip(*((o.weight, o.scale, o.bias) for o in operands), strict=True))
@@ -130,6 +143,8 @@ def pack(linears: Sequence[Any]) -> None:
     Names, shapes and values stay; each weight becomes a view of the joint storage.
     """
     weights = [m.weight for m in linears]
+    if any(isinstance(m, PackedLinear) for m in linears):
+        return  # unpacked side by side for each product
     if all(isinstance(w, QuantizedTensor) for w in weights):
         parts = [plain_parts(w) for w in weights]
         # a form of its own, or one scale for the whole weight, which can't be a part of a column

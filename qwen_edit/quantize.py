@@ -162,7 +162,7 @@ def keeps_full_precision(name: str) -> bool:
 
 def prepare(model: nn.Module, form: str | None) -> None:
     """Replace linears of a transformer without weights: the blocks' by ones that quantize what is read for them to
-    ``form`` (None: none), those of the modulation by ones that stay in RAM."""
+    ``form`` (none, if it is not one of ``FORMATS``), those of the modulation by ones that stay in RAM."""
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
@@ -170,7 +170,7 @@ def prepare(model: nn.Module, form: str | None) -> None:
         sizes_fit = module.in_features % (64 if form == "w4a4" else 16) == module.out_features % 16 == 0
         if is_modulation(name):
             linear = StaysInRam(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
-        elif form is not None and sizes_fit and not keeps_full_precision(name):
+        elif form in FORMATS and sizes_fit and not keeps_full_precision(name):
             kind = FourBitLinear if form == "w4a4" else QuantizedLinear
             linear = kind(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
             linear.form = form

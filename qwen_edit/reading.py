@@ -1,4 +1,4 @@
-"""Reading tensors of safetensors files ahead of their use, several at a time.
+"""Reading tensors of safetensors and GGUF files ahead of their use, several at a time.
 
 A memory-mapped file costs a page fault for each 4 KiB; reading with large calls from a few threads keeps a fast disk, or
 the page cache, busy while the tensors before are copied to the card and quantized.
@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+
+from .gguf import SUFFIX
 
 WORKERS = 8
 
@@ -30,6 +33,18 @@ class Stored:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def mapped(wanted: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Each tensor under its name in ``wanted``; the files' own pages serve as memory."""
+    for path in {s.path for s in wanted.values()}:
+        here = [(name, s) for name, s in wanted.items() if s.path == path]
+        if path.suffix.lower() == SUFFIX:
+            pages = torch.from_file(str(path), size=path.stat().st_size, dtype=torch.uint8)
+            yield from ((name, pages[s.offset :][: s.nbytes].view(s.dtype).view(s.shape)) for name, s in here)
+        else:
+            with safe_open(path, framework="pt") as file:
+                yield from ((name, file.get_tensor(s.name)) for name, s in here)
 
 
 def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[str, torch.Tensor]]:

@@ -32,8 +32,7 @@ from .linear import (
     low_rank,
     multiply,
     multiply_gelu,
-    operand,
-    packed,
+    operands_of,
     runs_itself,
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
@@ -68,9 +67,7 @@ class Forward:
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        operands = [operand(self.weights, m) for m in modules]
-        joined = packed(operands) if len(operands) > 1 else None
-        return operands if joined is None else [joined]
+        return operands_of(self.weights, modules)
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, object]:
         """What the operation before these linears has to produce for them."""

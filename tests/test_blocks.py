@@ -6,8 +6,10 @@ import torch
 
 from qwen_edit.blocks import BLOCK_TYPES, dequantize, packed_shape, unpack_reference
 
-gguf = pytest.importorskip("gguf")
+pytest.importorskip("gguf")
 pytest.importorskip("triton")
+import gguf
+
 from qwen_edit.kernels.unpack import unpack
 
 CARD = torch.cuda.is_available()

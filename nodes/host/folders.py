@@ -12,6 +12,7 @@ import folder_paths
 from ...qwen_edit.attention_auto import TUNED_FILE
 from ...qwen_edit.checkpoints import is_edit_folder
 from ...qwen_edit.errors import INPUT
+from ...qwen_edit.gguf import SUFFIX as GGUF
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO = PACK / "demo_model"
@@ -20,15 +21,16 @@ FROM_MODEL = "from the model folder"
 NONE = "none"
 FOLDER_PREFIX = "folder: "
 DEMO_LORA_PREFIX = "demo: "
+GGUF_KEYS = ("diffusion_models", "unet_gguf")
 
 
 def models() -> list[str]:
-    """Diffusers folders first, then single files with those that look like Qwen-Image-Edit first, the demo last."""
+    """Diffusers folders first, then single files (safetensors, GGUF) with those that look like Qwen-Image-Edit first, the demo last."""
     files = folder_paths.get_filename_list("diffusion_models")
-    safetensors = [f for f in files if f.lower().endswith((".safetensors", ".sft"))]
-    safetensors.sort(key=lambda name: (not _looks_like_edit(name), name.lower()))
+    files = [f for f in files if f.lower().endswith((".safetensors", ".sft"))] + list(_gguf_files())
+    files.sort(key=lambda name: (not _looks_like_edit(name), name.lower()))
     demo = [DEMO_NAME] if is_edit_folder(DEMO) else []
-    return [FOLDER_PREFIX + name for name in _edit_folders()] + safetensors + demo
+    return [FOLDER_PREFIX + name for name in _edit_folders()] + files + demo
 
 
 def default_model() -> str | None:
@@ -67,6 +69,8 @@ def model_path(name: str) -> Path:
         return DEMO
     if name.startswith(FOLDER_PREFIX):
         return _edit_folders()[name.removeprefix(FOLDER_PREFIX)]
+    if name.lower().endswith(GGUF):
+        return _gguf_files()[name]
     return _file("diffusion_models", name)
 
 
@@ -123,6 +127,18 @@ def _edit_folders() -> dict[str, Path]:
             for index in sorted((*root.glob("*/model_index.json"), *root.glob("*/*/model_index.json"))):
                 if is_edit_folder(index.parent):
                     found.setdefault(index.parent.relative_to(root).as_posix(), index.parent)
+    return found
+
+
+def _gguf_files() -> dict[str, Path]:
+    """Name -> path of every GGUF file in ComfyUI's folders of diffusion models, and in those that ComfyUI-GGUF's key
+    names. ComfyUI's own lists leave them out, and what they hold is for all loaders, so it is not changed here."""
+    keys = [key for key in GGUF_KEYS if key in folder_paths.folder_names_and_paths]
+    found = {}
+    for root in dict.fromkeys(root for key in keys for root in folder_paths.get_folder_paths(key)):
+        names, _ = folder_paths.recursive_search(root, [".git"])
+        for name in folder_paths.filter_files_extensions(names, [GGUF]):
+            found.setdefault(name, Path(root, name))
     return found
 
 

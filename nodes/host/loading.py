@@ -21,6 +21,7 @@ from ...qwen_edit.checkpoints import (
 )
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
+from ...qwen_edit.packed import PACKED
 from ...qwen_edit.precision import PRECISIONS, PROFILES, ROOM_FOR_ACTIVATIONS, Precision, resolve_precision
 from ...qwen_edit.quantize import stored_bytes
 from . import folders
@@ -149,6 +150,10 @@ def _gib(size: float) -> str:
 def _precision(request: LoadRequest, source: TransformerSource, device: torch.device) -> Precision:
     bf16 = not comfy.model_management.is_device_cpu(device) and comfy.model_management.should_use_bf16(device)
     half = torch.bfloat16 if bf16 else torch.float32
+    if source.blocks and request.precision == "auto":
+        kinds = ", ".join(sorted({kind.name for kind in source.blocks.values()}))
+        ignored = "" if request.profile == "auto" else f"; the profile {request.profile} is for files in floats"
+        return Precision("auto", half, PACKED, f"the weights stay as the file has them ({kinds}){ignored}")
     memory = comfy.model_management.get_total_memory(device)
     return resolve_precision(request.precision, request.profile, device, half, block_bytes(source), memory)
 
@@ -185,6 +190,8 @@ def _notes(
         f"{source.label} ({version}), {precision.name}, {weights_size(model) / 2**30:.2f} GiB, attention {attention.name},"
         f" kernels {kernels.name}"
     ]
+    if source.version_note is not None:
+        notes.append(source.version_note)
     if precision.fell_back:
         notes.append(f"Warning: precision {precision.name} runs instead of {precision.wanted}: {precision.why}")
     elif precision.wanted == "auto":

@@ -18,6 +18,7 @@ from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
+from ...qwen_edit.packed import keep_packed, unpatch
 from ...qwen_edit.precision import Precision
 from ...qwen_edit.quantize import drop_weights, prepare
 from ...qwen_edit.rope import Positions
@@ -268,6 +269,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, precision.dtype)
         prepare(self.diffusion_model, precision.form)
+        keep_packed(self.diffusion_model, source.blocks, precision.form)
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
         self.diffusion_model.kernels = kernels
@@ -298,6 +300,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
     def empty(self) -> None:
         self._pins.release()
         self.diffusion_model.modulation.clear()
+        unpatch(self.diffusion_model)
         drop_weights(self.diffusion_model, self.diffusion_model.precision.dtype)
 
 

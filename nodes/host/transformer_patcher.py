@@ -5,9 +5,11 @@ from typing import NamedTuple
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_patcher import LowVramPatch
 
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.linear import pack
+from ...qwen_edit.packed import PackedLinear, unpatch
 from ...qwen_edit.quantize import is_modulation, stored_bytes
 from .memory import ShellPatcher
 
@@ -40,7 +42,13 @@ class TransformerPatcher(ShellPatcher):
             pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
 
     def patch_weight_to_device(self, key, device_to=None, inplace_update=False, return_weight=False, force_cast=False):
-        """ComfyUI's, with the modulation back in RAM after each weight that it has patched on the card."""
+        """ComfyUI's, with the modulation back in RAM after each weight that it has patched on the card. Weights in ggml's
+        formats keep their bytes: the patches change each float copy, as ComfyUI's own do with weights in RAM."""
+        module, _, parameter = key.rpartition(".")
+        linear = comfy.utils.get_attr(self.model, module)
+        if isinstance(linear, PackedLinear) and parameter == "weight" and not return_weight:
+            linear.patch = LowVramPatch(key, self.patches) if key in self.patches else None
+            return None
         if return_weight or key not in self.patches or not is_modulation(key):
             return super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
         weight = comfy.utils.get_attr(self.model, key)
@@ -65,6 +73,7 @@ class TransformerPatcher(ShellPatcher):
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
+            unpatch(self.model.diffusion_model)
             self.model.diffusion_model.weights_version = None
             if device_to is not None and not self._stay:  # the tables leave the card with the weights
                 self.model.diffusion_model.modulation.clear()

@@ -4,6 +4,9 @@ One kernel for all: a program takes a few blocks and computes each value from th
 differs by type. Neighbouring values need neighbouring bytes, so the loads of a warp meet in few cache lines.
 """
 
+# Triton takes literals for constexpr parameters.
+# pyright: reportArgumentType=false, reportOperatorIssue=false
+
 import torch
 import triton
 import triton.language as tl
