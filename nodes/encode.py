@@ -88,6 +88,11 @@ class QwenEditEncode(io.ComfyNode):
         given = {name: split_batches(name, images) for name, images in _in_order(pictures) if images}
         if not given:
             raise ValueError(f"{INPUT} No picture is connected. Connect at least picture_1.")
+        if clip[0] is None:
+            raise ValueError(
+                f"{INPUT} There is no CLIP: its loader loads no text encoder. Choose one there, or connect another loader's"
+                " CLIP."
+            )
         columns = {"prompt": prompt, "negative": negative, "width": width, "height": height, **given}
         encoder = Encoder(clip[0], vae[0])
         results, notes = [], []

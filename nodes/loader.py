@@ -21,14 +21,15 @@ class QwenEditLoader(io.ComfyNode):
                     "model",
                     options=folders.models(),
                     default=folders.default_model(),
-                    tooltip="A diffusers folder (models/diffusers/NAME with model_index.json), a file from"
-                    " models/diffusion_models, or the small demo model.",
+                    tooltip="A diffusers folder (models/diffusers/NAME with model_index.json), a safetensors or GGUF"
+                    " file from models/diffusion_models, or the small demo model.",
                 ),
                 io.Combo.Input(
                     "text_encoder",
                     options=folders.text_encoders(),
                     default=folders.FROM_MODEL,
-                    tooltip="qwen_2.5_vl_7b for single files. A diffusers folder brings its own.",
+                    tooltip="qwen_2.5_vl_7b for single files. A diffusers folder brings its own. none: the CLIP of another"
+                    " loader is connected instead (ComfyUI-GGUF's, for an encoder in a GGUF file).",
                 ),
                 io.Combo.Input(
                     "vae",
@@ -48,8 +49,8 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(PRECISIONS),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as the profile says. fp8, int8 and w4a4 (4 bit) quantize a bf16 file while it is read; what does"
-                    " not run here falls back, and the node says so. fp16 overflows in this model on many pictures.",
+                    tooltip="auto: as the profile says; GGUF files stay as they are. fp8, int8 and w4a4 (4 bit) quantize while the file"
+                    " is read; what does not run here falls back, and the node says so. fp16 overflows in this model on many pictures.",
                 ),
                 io.Combo.Input(
                     "attention",

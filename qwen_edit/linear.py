@@ -54,8 +54,6 @@ class Resident:
     ``load_lora_weights``) may do more with theirs."""
 
     def read(self, module):
-        if type(module) is PackedLinear and not runs_itself(module):
-            return unpacked([module])
         plain = type(module).forward is nn.Linear.forward and not runs_itself(module)
         return (module.weight, module.bias) if plain else None
 
@@ -101,14 +99,13 @@ def operand(weights: WeightReader, module: Any) -> Operand:
     return Operand((module,), (width,), weight, None, bias)
 
 
-def operands_of(weights: WeightReader, modules: Sequence[Any]) -> list[Operand]:
-    """Of linears over one input: one operand where their weights lie side by side, or have to be unpacked anyway."""
-    if len(modules) > 1 and all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
-        weight, bias = unpacked(modules)
-        return [Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)]
-    each = [operand(weights, m) for m in modules]
-    joined = packed(each) if len(each) > 1 else None
-    return each if joined is None else [joined]
+def unpacked_operand(modules: Sequence[Any]) -> Operand | None:
+    """Linears over the same input whose weights are in ggml's formats, as one: the floats are made here, side by side, and
+    go with the operand. None if one of them is of another kind."""
+    if not all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
+        return None
+    weight, bias = unpacked(modules)
+    return Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)
 
 
 def packed(operands: Sequence[Operand]) -> Operand | None:
@@ -142,9 +139,9 @@ def pack(linears: Sequence[Any]) -> None:
 
     Names, shapes and values stay; each weight becomes a view of the joint storage.
     """
-    weights = [m.weight for m in linears]
     if any(isinstance(m, PackedLinear) for m in linears):
         return  # unpacked side by side for each product
+    weights = [m.weight for m in linears]
     if all(isinstance(w, QuantizedTensor) for w in weights):
         parts = [plain_parts(w) for w in weights]
         # a form of its own, or one scale for the whole weight, which can't be a part of a column

@@ -32,8 +32,10 @@ from .linear import (
     low_rank,
     multiply,
     multiply_gelu,
-    operands_of,
+    operand,
+    packed,
     runs_itself,
+    unpacked_operand,
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
 from .rope import Grid, Positions, rope_table
@@ -67,7 +69,11 @@ class Forward:
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        return operands_of(self.weights, modules)
+        if (unpacked := unpacked_operand(modules)) is not None:
+            return [unpacked]
+        operands = [operand(self.weights, m) for m in modules]
+        joined = packed(operands) if len(operands) > 1 else None
+        return operands if joined is None else [joined]
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, object]:
         """What the operation before these linears has to produce for them."""

@@ -46,7 +46,7 @@ def _looks_like_edit(name: str) -> bool:
 
 
 def text_encoders() -> list[str]:
-    return [FROM_MODEL, *folder_paths.get_filename_list("text_encoders")]
+    return [FROM_MODEL, *folder_paths.get_filename_list("text_encoders"), NONE]
 
 
 def vaes() -> list[str]:
@@ -75,7 +75,7 @@ def model_path(name: str) -> Path:
 
 
 def text_encoder_path(name: str) -> Path:
-    _check("text encoder", name, text_encoders()[1:])
+    _check("text encoder", name, text_encoders()[1:-1])
     return _file("text_encoders", name)
 
 

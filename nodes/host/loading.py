@@ -34,20 +34,21 @@ from .vae import load_single_vae, load_vae, statistics
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader hands out; ``notes`` are shown on the node."""
+    """What the loader hands out; ``notes`` are shown on the node. Without a ``clip`` another node brings one."""
 
     model: ShellPatcher
-    clip: comfy.sd.CLIP
+    clip: comfy.sd.CLIP | None
     vae: comfy.sd.VAE
     notes: tuple[str, ...]
 
     @property
     def nbytes(self) -> int:
-        return weights_size(self.model) + sum(p.model_size() for p in (self.clip.patcher, self.vae.patcher))
+        return weights_size(self.model) + sum(p.patcher.model_size() for p in (self.clip, self.vae) if p is not None)
 
     @property
     def shells(self) -> list[ShellPatcher]:
-        return [p for p in (self.model, self.clip.patcher) if isinstance(p, ShellPatcher)]
+        patchers = [self.model] if self.clip is None else [self.model, self.clip.patcher]
+        return [p for p in patchers if isinstance(p, ShellPatcher)]
 
 
 OWNER: Owner[Loaded] = Owner(lambda loaded: loaded.shells)
@@ -76,15 +77,15 @@ def load(request: LoadRequest) -> Loaded:
     key = (
         request,
         source.fingerprint,
-        fingerprint(_files(encoder, "text_encoder")),
+        None if encoder is None else fingerprint(_files(encoder, "text_encoder")),
         fingerprint(_files(vae, "vae")),
     )
     loaded, _ = OWNER.get(key, lambda: _make(request, source, encoder, vae), lambda made: made.nbytes)
     return loaded
 
 
-def _companions(request: LoadRequest, path: Path) -> tuple[Path, Path]:
-    """Paths of text encoder and VAE: the model's folder, or a single file."""
+def _companions(request: LoadRequest, path: Path) -> tuple[Path | None, Path]:
+    """Paths of text encoder (or None) and VAE: the model's folder, or a single file."""
     missing = [
         what
         for what, value in (("text encoder", request.text_encoder), ("VAE", request.vae))
@@ -95,7 +96,10 @@ def _companions(request: LoadRequest, path: Path) -> tuple[Path, Path]:
             f"{INPUT} {request.model} holds the transformer only. Choose a {' and a '.join(missing)} too (for example"
             " qwen_2.5_vl_7b.safetensors and qwen_image_vae.safetensors)."
         )
-    encoder = path if request.text_encoder == folders.FROM_MODEL else folders.text_encoder_path(request.text_encoder)
+    encoder = path
+    if request.text_encoder != folders.FROM_MODEL:
+        none = request.text_encoder == folders.NONE
+        encoder = None if none else folders.text_encoder_path(request.text_encoder)
     vae = path if request.vae == folders.FROM_MODEL else folders.vae_path(request.vae)
     return encoder, vae
 
@@ -104,7 +108,7 @@ def _files(path: Path, component: str) -> list[Path]:
     return weight_files(path / component) if path.is_dir() else [path]
 
 
-def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_path: Path) -> Loaded:
+def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None, vae_path: Path) -> Loaded:
     device = comfy.model_management.get_torch_device()
     precision = _precision(request, source, device)
     head_dim = int(source.config.get("attention_head_dim", 128))
@@ -117,10 +121,8 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
     too_large = request.offload == "auto" and _too_large(model, device)
     if too_large or request.offload == "stream":
         model = make_model(source, precision, latents, attention, kernels, stream=True)
-    clip = load_clip(encoder, keep_on_card=request.offload == "none") if encoder.is_dir() else _single_clip(encoder)
+    clip = None if encoder is None else _clip(encoder, request)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
-    if request.offload == "text encoder":
-        clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
     notes = _notes(source, precision, attention, kernels, model)
     if too_large:
         notes.append(
@@ -156,6 +158,13 @@ def _precision(request: LoadRequest, source: TransformerSource, device: torch.de
         return Precision("auto", half, PACKED, f"the weights stay as the file has them ({kinds}){ignored}")
     memory = comfy.model_management.get_total_memory(device)
     return resolve_precision(request.precision, request.profile, device, half, block_bytes(source), memory)
+
+
+def _clip(path: Path, request: LoadRequest) -> comfy.sd.CLIP:
+    clip = load_clip(path, keep_on_card=request.offload == "none") if path.is_dir() else _single_clip(path)
+    if request.offload == "text encoder":
+        clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
+    return clip
 
 
 def _single_clip(path: Path) -> comfy.sd.CLIP:

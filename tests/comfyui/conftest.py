@@ -35,7 +35,8 @@ def host() -> Host:
 
 
 PROBE_NODES = Path(__file__).parent / "probe_nodes"
-MODEL_FOLDERS = ("diffusers", "diffusion_models", "text_encoders", "vae", "loras")
+# unet_gguf: the key that ComfyUI-GGUF adds
+MODEL_FOLDERS = ("diffusers", "diffusion_models", "unet_gguf", "text_encoders", "vae", "loras")
 
 
 @pytest.fixture(scope="session")
