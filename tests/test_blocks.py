@@ -1,5 +1,9 @@
 """ggml's block formats, PyTorch's and Triton's decoding, against the ``gguf`` package's."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -21,6 +25,7 @@ HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
 }  # fmt: skip
+REPO = Path(__file__).parents[1]
 BLOCKS = 37  # no multiple of what a program takes
 
 
@@ -96,3 +101,30 @@ def test_blocks_may_cross_the_ends_of_narrow_rows():
     kind = BLOCK_TYPES["Q4_K"]
     assert packed_shape((3072, 512), kind) == (3072, 288)
     assert packed_shape((3072, 64), kind) == (1, 3072 * 64 // 256 * 144)
+
+
+COMPILE = """
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from qwen_edit.blocks import BLOCK_TYPES
+from qwen_edit.kernels.unpack import _unpack_kernel, constants
+
+for kind in BLOCK_TYPES.values():
+    given = constants(kind)
+    signature = {"blocks_ptr": "*u8", "out_ptr": "*fp16", "count": "i32"} | dict.fromkeys(given, "constexpr")
+    places = {(3 + place,): value for place, value in enumerate(given.values())}
+    aligned = {(place,): [["tt.divisibility", 16]] for place in (0, 1)}
+    ptx = compile(ASTSource(_unpack_kernel, signature, places, aligned), target=GPUTarget("cuda", 75, 32)).asm["ptx"]
+    print(kind.name, ptx.count("ld.global"))
+"""
+
+
+@pytest.mark.skipif(CARD, reason="the other tests run the kernels on the card")
+def test_the_kernels_compile_for_a_card():
+    """The interpreter takes more than the compiler does. A thread has 8 values; loads that each repeats would show."""
+    done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, cwd=REPO, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    loads = dict(line.split() for line in done.stdout.splitlines())
+    assert loads.keys() == BLOCK_TYPES.keys()
+    assert max(map(int, loads.values())) < 24

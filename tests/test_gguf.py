@@ -11,6 +11,7 @@ from qwen_edit.attention import resolve
 from qwen_edit.blocks import BLOCK_TYPES
 from qwen_edit.checkpoints import (
     ZERO_COND_MARKER,
+    _stored,
     block_bytes,
     check_tensors,
     fill,
@@ -21,6 +22,7 @@ from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import pack, unpacked_operand
 from qwen_edit.packed import PACKED, PackedInRam, PackedLinear, keep_packed, unpatch
 from qwen_edit.quantize import FORMATS, MISSING, QuantizedTensor, drop_weights, prepare, stored_bytes
+from qwen_edit.reading import mapped, read_ahead
 from qwen_edit.streaming import BlockStream
 from qwen_edit.transformer import QwenEditTransformer
 
@@ -158,6 +160,15 @@ def test_sizes(tmp_path, state, packed):
     assert stored_bytes(packed) == in_memory
     fill(packed, source, FP32, CPU)
     assert not any(p.is_meta for p in packed.parameters())
+
+
+def test_read_ahead_gives_what_the_mapped_file_has(tmp_path, packed):
+    source = transformer_from_file(tmp_path / "model-2511.gguf")
+    wanted = _stored(packed, source)
+    in_file = dict(mapped(wanted))
+    assert in_file.keys() == source.tensors.keys()
+    for name, tensor in read_ahead(wanted, pinned=False):
+        assert torch.equal(tensor, in_file[name])
 
 
 def test_queries_keys_and_values_are_one_product(packed):

@@ -15,6 +15,7 @@ from ..blocks import BlockType
 from .launch import launch
 
 VALUES = 1024  # of one program
+GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # how many values share a scale; else 32
 
 
 @triton.jit
@@ -47,61 +48,77 @@ def _of_8(at, j):
 
 
 @triton.jit
-def _decode(at, i, TYPE: tl.constexpr):
-    """Values ``i`` ``[1, values]`` of the blocks ``at`` ``[blocks, 1]``."""
+def _decode(at, i, j, TYPE: tl.constexpr):
+    """Values ``i`` ``[groups, values]`` of the blocks at the pointers ``at`` ``[blocks]``; each group ``j`` ``[groups]`` has
+    one scale. What belongs to a group is loaded once for it: a value's layout would load it for each value."""
+    group = at[:, None]
+    value = at[:, None, None]
+    i = i[None, :, :]
+    j = j[None, :]
     if TYPE == "Q4_0":
-        y = _half(at) * (_field(at + 2, i, 16, 4) - 8).to(tl.float32)
+        y = _half(at)[:, None, None] * (_field(value + 2, i, 16, 4) - 8).to(tl.float32)
     elif TYPE == "Q4_1":
-        y = _half(at) * _field(at + 4, i, 16, 4).to(tl.float32) + _half(at + 2)
+        q = _field(value + 4, i, 16, 4)
+        y = _half(at)[:, None, None] * q.to(tl.float32) + _half(at + 2)[:, None, None]
     elif TYPE == "Q5_0":
-        q = _field(at + 6, i, 16, 4) | (_field(at + 2, i, 1, 1) << 4)
-        y = _half(at) * (q - 16).to(tl.float32)
+        q = _field(value + 6, i, 16, 4) | (_field(value + 2, i, 1, 1) << 4)
+        y = _half(at)[:, None, None] * (q - 16).to(tl.float32)
     elif TYPE == "Q5_1":
-        q = _field(at + 8, i, 16, 4) | (_field(at + 4, i, 1, 1) << 4)
-        y = _half(at) * q.to(tl.float32) + _half(at + 2)
+        q = _field(value + 8, i, 16, 4) | (_field(value + 4, i, 1, 1) << 4)
+        y = _half(at)[:, None, None] * q.to(tl.float32) + _half(at + 2)[:, None, None]
     elif TYPE == "Q8_0":
-        y = _half(at) * _signed(at + 2 + i)
+        y = _half(at)[:, None, None] * _signed(value + 2 + i)
     elif TYPE == "Q2_K":
-        both = tl.load(at + i // 16).to(tl.int32)
-        q = _field(at + 16, i, 32, 2).to(tl.float32)
-        y = _half(at + 80) * (both & 15).to(tl.float32) * q - _half(at + 82) * (both >> 4).to(tl.float32)
+        both = tl.load(group + j).to(tl.int32)
+        scale = _half(at + 80)[:, None] * (both & 15).to(tl.float32)
+        minimum = _half(at + 82)[:, None] * (both >> 4).to(tl.float32)
+        y = scale[:, :, None] * _field(value + 16, i, 32, 2).to(tl.float32) - minimum[:, :, None]
     elif TYPE == "Q3_K":
-        scale = _field(at + 96, i // 16, 8, 4) | (_field(at + 104, i // 16, 4, 2) << 4)
-        q = _field(at + 32, i, 32, 2) - 4 * (1 - _field(at, i, 32, 1))
-        y = _half(at + 108) * (scale - 32).to(tl.float32) * q.to(tl.float32)
-    elif TYPE == "Q4_K":
-        scale, minimum = _of_8(at + 4, i // 32)
-        y = _half(at) * scale * _field(at + 16, i, 32, 4).to(tl.float32) - _half(at + 2) * minimum
-    elif TYPE == "Q5_K":
-        scale, minimum = _of_8(at + 4, i // 32)
-        q = _field(at + 48, i, 32, 4) | (_field(at + 16, i, 32, 1) << 4)
-        y = _half(at) * scale * q.to(tl.float32) - _half(at + 2) * minimum
+        six = _field(group + 96, j, 8, 4) | (_field(group + 104, j, 4, 2) << 4)
+        scale = _half(at + 108)[:, None] * (six - 32).to(tl.float32)
+        q = _field(value + 32, i, 32, 2) - 4 * (1 - _field(value, i, 32, 1))
+        y = scale[:, :, None] * q.to(tl.float32)
+    elif TYPE == "Q6_K":
+        scale = _half(at + 208)[:, None] * _signed(group + 192 + j)
+        q = _field(value, i, 64, 4) | (_field(value + 128, i, 32, 2) << 4)
+        y = scale[:, :, None] * (q - 32).to(tl.float32)
     else:
-        tl.static_assert(TYPE == "Q6_K")
-        q = _field(at, i, 64, 4) | (_field(at + 128, i, 32, 2) << 4)
-        y = _half(at + 208) * _signed(at + 192 + i // 16) * (q - 32).to(tl.float32)
+        scale, minimum = _of_8(group + 4, j)
+        scale *= _half(at)[:, None]
+        minimum *= _half(at + 2)[:, None]
+        if TYPE == "Q4_K":
+            q = _field(value + 16, i, 32, 4)
+        else:
+            tl.static_assert(TYPE == "Q5_K")
+            q = _field(value + 48, i, 32, 4) | (_field(value + 16, i, 32, 1) << 4)
+        y = scale[:, :, None] * q.to(tl.float32) - minimum[:, :, None]
     return y
 
 
 @triton.jit
 def _unpack_kernel(
     blocks_ptr, out_ptr, count,
-    TYPE: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr, BLOCKS: tl.constexpr,
+    TYPE: tl.constexpr, BYTES: tl.constexpr, SIZE: tl.constexpr, GROUP: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)[:, None]
-    i = tl.arange(0, SIZE)[None, :]
-    y = _decode(blocks_ptr + block % count * BYTES, i, TYPE)
-    tl.store(out_ptr + block * SIZE + i, y.to(out_ptr.dtype.element_ty), mask=block < count)
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    j = tl.arange(0, SIZE // GROUP)
+    i = j[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    y = _decode(blocks_ptr + block % count * BYTES, i, j, TYPE)
+    at = out_ptr + block[:, None, None] * SIZE + i[None, :, :]
+    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=(block < count)[:, None, None])
+
+
+def constants(kind: BlockType) -> dict[str, str | int]:
+    return {
+        "TYPE": kind.name,
+        "BYTES": kind.nbytes,
+        "SIZE": kind.values,
+        "GROUP": GROUPS.get(kind.name, 32),
+        "BLOCKS": VALUES // kind.values,
+    }
 
 
 def unpack(blocks: torch.Tensor, kind: BlockType, out: torch.Tensor) -> None:
     """Blocks ``[n, bytes]`` (uint8) to values ``[n, values]`` in the dtype of ``out``; both contiguous."""
-    count, at_once = len(blocks), VALUES // kind.values
-    launch(
-        _unpack_kernel,
-        triton.cdiv(count, at_once),
-        (blocks, out),
-        (count,),
-        {"TYPE": kind.name, "BYTES": kind.nbytes, "SIZE": kind.values, "BLOCKS": at_once},
-        warps=4,
-    )
+    count = len(blocks)
+    launch(_unpack_kernel, triton.cdiv(count, VALUES // kind.values), (blocks, out), (count,), constants(kind), warps=4)
