@@ -327,8 +327,8 @@ def fill(
         if name not in source.blocks:
             there = there.to(dtype)
         elif not isinstance(module, PackedLinear):
-            there = dequantize(tensor.to(device), source.blocks[name], dtype)  # on the card, where it is fast
-            there = there.view(getattr(module, parameter).shape).to(tensor.device if wanted[name].keep else device)
+            floats = dequantize(there.to(device), source.blocks[name], dtype)  # on the card, where it is fast
+            there = floats.view(getattr(module, parameter).shape).to(there.device)
         state[name] = in_its_form(module, parameter, there)
         if wanted[name].keep and on_ram is not None:
             on_ram(there)

@@ -7,6 +7,7 @@ a weight whose rows are no whole number of blocks is stored reshaped, with its o
 """
 
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -39,8 +40,8 @@ _OTHER_TYPES = {
 }  # fmt: skip
 
 
-class _Damaged(Exception):
-    """What in the bytes can't be, as the end of a sentence."""
+class _Unusable(Exception):
+    """Why a file is refused, as the end of a sentence."""
 
 
 class _Reader:
@@ -51,7 +52,7 @@ class _Reader:
 
     def take(self, count: int) -> bytes:
         if count > self._left:
-            raise _Damaged("its header does not end where the file does, so the download was cut off or bytes changed")
+            raise _Unusable("its header does not end where the file does, so the download was cut off or bytes changed")
         self._left -= count
         return self._file.read(count)
 
@@ -61,20 +62,20 @@ class _Reader:
     def count(self, what: str, most: int) -> int:
         found = self.number("Q")
         if found > most:
-            raise _Damaged(f"its header announces {found:,} {what}")
+            raise _Unusable(f"its header announces {found:,} {what}")
         return found
 
     def string(self) -> str:
         return self.take(self.count("bytes of text", MAX_HEADER_BYTES)).decode("utf-8", errors="replace")
 
     def value(self, kind: int, nesting: int = 0):
-        """A value of the metadata; of arrays only those of integers are kept, the others become None."""
+        """A value of the metadata; of arrays only short ones of numbers are kept, the others become None."""
         if kind == _STRING:
             return self.string()
         if kind in _SCALARS:
             return self.number(_SCALARS[kind])
         if kind != _ARRAY or nesting == MAX_NESTING:
-            raise _Damaged(f"its metadata has a value of type {kind}")
+            raise _Unusable(f"its metadata has a value of type {kind}")
         item, length = self.number("I"), self.count("items in a list", MAX_HEADER_BYTES)
         if item in _SCALARS:
             data = self.take(length * struct.calcsize("<" + _SCALARS[item]))
@@ -99,17 +100,17 @@ def read_gguf_header(path: Path) -> tuple[dict[str, dict], dict[str, Any]]:
     with path.open("rb") as file:
         try:
             return _read(_Reader(file, size), size, file.tell)
-        except _Damaged as e:
+        except _Unusable as e:
             raise ValueError(f"{WEIGHTS} {path.name} ({size:,} bytes) can't be used: {e}.") from e
 
 
 def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict[str, dict], dict[str, Any]]:
     magic = reader.take(4)
     if magic != MAGIC:
-        raise _Damaged(f"it does not begin as a GGUF file does ({magic!r}). Download it again")
+        raise _Unusable(f"it does not begin as a GGUF file does ({magic!r}). Download it again")
     version = reader.number("I")
     if version not in VERSIONS:
-        raise _Damaged(f"it is of GGUF version {version}, this loader reads 2 and 3 (little endian)")
+        raise _Unusable(f"it is of GGUF version {version}, this loader reads 2 and 3 (little endian)")
     tensor_count, value_count = (reader.count(what, MAX_ENTRIES) for what in ("tensors", "values of metadata"))
     metadata = {}
     for _ in range(value_count):
@@ -117,20 +118,22 @@ def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict
         metadata[key] = reader.value(reader.number("I"))
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
-        raise _Damaged(f"found the architecture {architecture!r}, this loader needs the transformer of Qwen-Image-Edit")
+        raise _Unusable(
+            f"found the architecture {architecture!r}, this loader needs the transformer of Qwen-Image-Edit"
+        )
     described = [_tensor(reader, metadata) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment not in (2**n for n in range(3, 17)):
-        raise _Damaged(f"its alignment is {alignment!r}, not a power of two from 8 to 65536")
+        raise _Unusable(f"its alignment is {alignment!r}, not a power of two from 8 to 65536")
     start = -(-position() // alignment) * alignment
     header, end = {}, start
     for name, dtype, shape, offset, nbytes in sorted(described, key=lambda tensor: tensor[3:]):
         begin = start + offset
         if name in header or begin < end or offset % alignment:
-            raise _Damaged(f"the tensor {name} is there twice, or lies where it can't. Download it again")
+            raise _Unusable(f"the tensor {name} is there twice, or lies where it can't. Download it again")
         end = begin + nbytes
         if end > size:
-            raise _Damaged(f"it ends inside the tensor {name}, so the download was cut off. Download it again")
+            raise _Unusable(f"it ends inside the tensor {name}, so the download was cut off. Download it again")
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     return header, metadata
 
@@ -140,22 +143,22 @@ def _tensor(reader: _Reader, metadata: dict[str, Any]) -> tuple[str, str, list[i
     name = reader.string()
     dimensions = reader.number("I")
     if dimensions > MAX_DIMENSIONS:
-        raise _Damaged(f"the tensor {name} has {dimensions} dimensions")
+        raise _Unusable(f"the tensor {name} has {dimensions} dimensions")
     stored = [reader.number("Q") for _ in range(dimensions)]  # the fastest first
     number, offset = reader.number("I"), reader.number("Q")
     if number not in _TYPES:
-        raise _Damaged(
+        raise _Unusable(
             f"the tensor {name} is stored as {_OTHER_TYPES.get(number, f'type {number}')}. This loader takes F32, F16,"
             f" BF16, {', '.join(BLOCK_TYPES)}; choose a file of one of those"
         )
     dtype, values, nbytes = _TYPES[number]
     row = stored[0] if stored else 1
     if row % values:
-        raise _Damaged(f"the tensor {name} has rows of {row} values, {dtype} needs multiples of {values}")
+        raise _Unusable(f"the tensor {name} has rows of {row} values, {dtype} needs multiples of {values}")
     shape = metadata.get(ORIGINAL_SHAPE + name, tuple(reversed(stored)))
     sizes = isinstance(shape, tuple) and all(isinstance(n, int) and n >= 0 for n in shape)
     if not sizes or math.prod(shape) != math.prod(stored):
-        raise _Damaged(f"the shape {shape} that its metadata gives the tensor {name} is not that of {stored} values")
+        raise _Unusable(f"the shape {shape} that its metadata gives the tensor {name} is not that of {stored} values")
     return name, dtype, list(shape), offset, math.prod(stored) // values * nbytes
 
 
@@ -168,7 +171,7 @@ def guess_version(path: Path) -> tuple[bool, str]:
     """
     _, metadata = read_gguf_header(path)
     names = [value for key, value in metadata.items() if key.startswith("general.") and isinstance(value, str)]
-    if any("2511" in name for name in (*names, path.name)):
+    if any(re.search(r"(?<!\d)2511(?!\d)", name) for name in (*names, path.name)):  # not a date
         return True, "Version 2511, because the file calls itself so; model_version overrides it."
     return (
         False,

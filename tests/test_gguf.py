@@ -231,6 +231,7 @@ def test_a_patcher_gets_floats(packed):
         ("model.gguf", "Qwen Image Edit 2511", False, True, "calls itself so"),
         ("model.gguf", None, True, True, None),
         ("qwen-image-edit-2509-Q8_0.gguf", None, False, False, "says nowhere that it is 2511"),
+        ("mix-20251103.gguf", None, False, False, "says nowhere that it is 2511"),
     ],
 )
 def test_the_version(tmp_path, state, file, name, marked, version, said):
