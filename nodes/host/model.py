@@ -16,6 +16,7 @@ import torch
 from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
+from ...qwen_edit.extra_channels import ExtraChannels
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.precision import Precision
@@ -52,6 +53,7 @@ class HostTransformer(QwenEditTransformer):
     precision: Precision
     modulation: ModulationCache
     weights_version: object = None  # changes with the patches in the weights
+    channels: ExtraChannels | None = None  # None: LoRAs are added to the results
     streamed = False  # whether the blocks stay in RAM between their turns
 
     @property
@@ -127,6 +129,7 @@ class HostTransformer(QwenEditTransformer):
                 self.attention.attend,
                 self.kernels,
                 adapters=active_adapters(self, transformer_options),
+                channels=self.channels,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before if self.streamed else None,
             )
@@ -336,6 +339,8 @@ def make_model(
     """
     model = QwenEditModel(source, precision, latent_format(statistics), attention, kernels, stream)
     card = comfy.model_management.get_torch_device()
+    if card.type == "cuda" and not stream:
+        model.diffusion_model.channels = ExtraChannels()
     if stream:  # the CPU, whatever ComfyUI's --highvram says
         return StreamingPatcher(model, load_device=card, offload_device=torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()
