@@ -23,7 +23,9 @@ from .kernels import padded_width
 from .linear import Adapters, Channels, LowRank, Operand, put_weights
 from .quantize import FP8, quantize_rows
 
-RANK_STEP = 16  # the products take channels in steps of 16
+RANK_STEP = (
+    32  # the products take channels in steps of 16; fewer different shapes are fewer choices of kernels to wait for
+)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST = 448.0  # of fp8
 # Of t: 6 sqrt(K) times a row of fp8 numbers whose largest is 448 and 3 to 4 times the mean square is 448 at a cosine of
@@ -111,20 +113,15 @@ def _lay(
     weight = op.weight
     assert weight is not None
     columns = weight.as_strided((len(weight), total), weight.stride(), weight.storage_offset() + weight.shape[1])
-    if before is not None and before.counts == counts and before.at == weight.data_ptr():
-        down = before.channels.down
-    else:
-        down = weight.new_zeros((total, weight.shape[1]))
+    if before is None or before.counts != counts or before.at != weight.data_ptr():
         columns.zero_()
     channel = row = 0
     for width, each in zip(op.widths, prepared, strict=True):
         for p in each:
-            count = len(p.gain)
-            down[channel : channel + count] = p.a
-            columns[row : row + width, channel : channel + count] = p.b
-            channel += count
+            columns[row : row + width, channel : channel + len(p.gain)] = p.b
+            channel += len(p.gain)
         row += width
-    channels = Channels(down, _gains(parts, scales, total))
+    channels = Channels(_side_by_side([p.a for p in parts], total), _gains(parts, scales, total))
     return op, _Laid(weight.data_ptr(), counts, [p.b for p in parts], scales, channels)
 
 
@@ -141,8 +138,15 @@ def _with_room(op: Operand, channels: int) -> Operand:
 
 
 def _gains(parts: Sequence[_Prepared], scales: Sequence[float], total: int) -> torch.Tensor:
-    gain = torch.cat([p.gain * scale for p, scale in zip(parts, scales, strict=True)])
-    return torch.nn.functional.pad(gain, (0, total - len(gain)))
+    return _side_by_side([p.gain if s == 1 else p.gain * s for p, s in zip(parts, scales, strict=True)], total)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], total: int) -> torch.Tensor:
+    """``[total, ...]``, zeros behind the parts; each operation here counts a thousand times when LoRAs are switched."""
+    missing = total - sum(map(len, parts))
+    if missing:
+        parts = [*parts, parts[0].new_zeros((missing, *parts[0].shape[1:]))]
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
 
 
 def _prepared(op: Operand, mine: Sequence[Sequence[LowRank]]) -> list[list[_Prepared]] | None:

@@ -219,36 +219,40 @@ def _append_low_rank_kernel(
     x_ptr, down_ptr, gain_ptr, count, x_stride,
     K: tl.constexpr, R: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    m = (tl.program_id(0) // (R // BR)) * BM + tl.arange(0, BM)
-    r = (tl.program_id(0) % (R // BR)) * BR + tl.arange(0, BR)
+    blocks: tl.constexpr = (R + BR - 1) // BR
+    m = (tl.program_id(0) // blocks) * BM + tl.arange(0, BM)
+    r = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
     rows = x_ptr + (m % count).to(tl.int64)[:, None] * x_stride
+    ranks = down_ptr + (r % R)[None, :] * K
     total = tl.zeros((BM, BR), dtype=tl.float32)
     for start in range(0, K, BK):
         inside = k < K - start
         x = tl.load(rows + start + k[None, :], mask=inside[None, :], other=0.0)
-        down = tl.load(down_ptr + r[None, :] * K + start + k[:, None], mask=inside[:, None], other=0.0)
+        down = tl.load(ranks + start + k[:, None], mask=inside[:, None], other=0.0)
         total = tl.dot(x, down, total)
-    total *= tl.load(gain_ptr + r)[None, :]
+    total *= tl.load(gain_ptr + r % R)[None, :]
     if LIMIT > 0:
         total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
-    tl.store(rows + K + r[None, :], total.to(x_ptr.dtype.element_ty), mask=(m < count)[:, None])
+    tl.store(rows + K + r[None, :], total.to(x_ptr.dtype.element_ty), mask=(m < count)[:, None] & (r < R)[None, :])
 
 
 def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     (count, width), rank = x.shape, len(down)
-    block = next(size for size in (64, 32, 16) if rank % size == 0)
-    rows = 64 if count > MANY_ROWS else 32
+    many = count > MANY_ROWS
+    rows = 64 if many else 16
+    # many rows: x is read as few times as possible; few: the card's units get something to do
+    block = max(16, min(triton.next_power_of_2(rank), 256 if many else 64))
     launch(
         _append_low_rank_kernel,
-        triton.cdiv(count, rows) * (rank // block),
+        triton.cdiv(count, rows) * triton.cdiv(rank, block),
         (x, down, gain),
         (count, x.stride(0)),
         {
             "K": width, "R": rank, "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
-            "BK": 256 // x.element_size(),
+            "BK": (128 if block > 64 else 256) // x.element_size(),
         },
-        warps=4,
+        warps=8 if block > 128 else 4,
     )  # fmt: skip
     return x.as_strided((count, width + rank), x.stride())
 
