@@ -9,7 +9,6 @@ import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy.text_encoders.qwen_image import QwenImageTEModel
 
 from ...qwen_edit.checkpoints import read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
@@ -129,35 +128,6 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
 def shared_pictures(clip: comfy.sd.CLIP, images: Sequence[torch.Tensor]) -> Any:
     """``images`` for ``clip.tokenize``, such that prompts tokenized with the same result share the work on them."""
     return (clip.tokenizer.prepare(images) or ()) if isinstance(clip.tokenizer, FolderTokenizer) else images
-
-
-@contextmanager
-def vision_once(clip: comfy.sd.CLIP) -> Iterator[None]:
-    """While this is open, ComfyUI's own text encoder in ``clip`` looks at each picture once, whatever the prompts.
-
-    ComfyUI runs the vision tower from ``preprocess_embed`` of the encoder's module, once for each prompt and picture.
-    This puts a method that remembers in its place, on this one module, and takes it away at the end. The encoder of a
-    folder needs it not (see ``shared_pictures``); another kind, or a method that another pack has put there, is left
-    as it is.
-    """
-    model = clip.cond_stage_model
-    transformer = getattr(model, model.clip).transformer if isinstance(model, QwenImageTEModel) else None
-    if transformer is None or "preprocess_embed" in vars(transformer):
-        yield
-        return
-    look, seen = transformer.preprocess_embed, {}
-
-    def look_once(embed, device):
-        picture = embed["data"]
-        if id(picture) not in seen:
-            seen[id(picture)] = picture, look(embed, device)  # with the picture, so that its id stays its own
-        return seen[id(picture)][1]
-
-    transformer.preprocess_embed = look_once
-    try:
-        yield
-    finally:
-        del transformer.preprocess_embed
 
 
 @contextmanager
