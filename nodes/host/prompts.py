@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import comfy.model_management
 import comfy.sd
 import torch
 from comfy.sd1_clip import ClipTokenWeightEncoder, SDClipModel
@@ -18,10 +19,14 @@ from comfy.text_encoders import llama, qwen_vl
 from comfy.text_encoders.qwen_image import Qwen25_7BVLIModel, QwenImageTEModel
 
 from ...qwen_edit.linear import runs_itself
+from ...qwen_edit.quantize import QuantizedTensor
 from ...qwen_edit.qwen_vl import read_together, see
 from .clip import loaded_once
 
 ACTIVATIONS = "qwen_edit_activations"  # attachment on the patcher: the dtype that prompts are encoded in
+
+# Others have bits that bfloat16 would lose.
+BFLOAT16_WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2)
 
 # By the picture's id: the picture, so that its id stays its own, and its features and patch grid.
 Seen = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]
@@ -49,6 +54,18 @@ def encode_prompts(clip: comfy.sd.CLIP, prompts: Sequence[dict], seen: Seen) -> 
     together = in_one_pass if runs_in_one_pass(clip, prompts) else seen_by_comfyui
     with loaded_once(clip), together(clip, prompts, seen):
         return [clip.encode_from_tokens_scheduled(prompt) for prompt in prompts]
+
+
+def ask_for_bfloat16(clip: comfy.sd.CLIP) -> bool:
+    """Have ``encode_prompts`` compute in bfloat16, as the official pipeline does, where this card and the encoder's weights
+    allow it; whether they do. Other nodes encode with this CLIP in ComfyUI's float32 as before."""
+    weight = clip.cond_stage_model.qwen25_7b.transformer.model.layers[0].self_attn.q_proj.weight
+    device = clip.patcher.load_device
+    on_card = not comfy.model_management.is_device_cpu(device) and comfy.model_management.should_use_bf16(device)
+    if not on_card or not (isinstance(weight, QuantizedTensor) or weight.dtype in BFLOAT16_WEIGHTS):
+        return False
+    clip.patcher.set_attachments(ACTIVATIONS, torch.bfloat16)
+    return True
 
 
 def runs_in_one_pass(clip: comfy.sd.CLIP, prompts: Sequence[dict]) -> bool:

@@ -79,7 +79,7 @@ with torch.inference_mode():
         left = vars(text).keys() | vars(text.transformer).keys()
         assert not {"encode", "preprocess_embed"} & left and "load_model" not in vars(clip)
 
-    # bfloat16 activations where a loader asks for them, and only for that patcher
+    # bfloat16 activations where a loader asks for them
     tokens = tokenize(["grey", " "], [torch.rand(1, 200, 170, 3)])
     theirs = [clip.encode_from_tokens_scheduled(t) for t in tokens]
     asked = clip.clone()
@@ -87,6 +87,33 @@ with torch.inference_mode():
     result["bfloat16"] = difference(host.encode_prompts(asked, tokens, {}), theirs)
     result["bfloat16 lora clone"] = difference(host.encode_prompts(asked.clone(), tokens, {}), theirs)
     result["float32"] = difference(host.encode_prompts(clip, tokens, {}), theirs)
+
+    # scaled fp8, which ComfyUI's linears undo for each product
+    scaled = small_native_clip(fp8=True)
+    theirs = [scaled.encode_from_tokens_scheduled(t) for t in tokens]
+    result["fp8"] = difference(host.encode_prompts(scaled, tokens, {}), theirs)
+    scaled.patcher.set_attachments(host.ACTIVATIONS, torch.bfloat16)
+    result["fp8, bfloat16"] = difference(host.encode_prompts(scaled, tokens, {}), theirs)
+
+    # who is asked
+    def asks(clip, card=True, bf16=True):
+        asked = clip.clone()
+        asked.patcher.load_device = torch.device("cuda" if card else "cpu")
+        should, comfy.model_management.should_use_bf16 = comfy.model_management.should_use_bf16, lambda device: bf16
+        answer = host.ask_for_bfloat16(asked)
+        comfy.model_management.should_use_bf16 = should
+        assert answer == (asked.patcher.get_attachment(host.ACTIVATIONS) == torch.bfloat16)
+        assert clip.patcher.get_attachment(host.ACTIVATIONS) is None
+        return answer
+
+    fresh = small_native_clip(fp8=True)
+    assert asks(fresh) and not asks(fresh, card=False) and not asks(fresh, bf16=False)
+    assert not asks(clip)  # float32 weights
+    clip.cond_stage_model.to(torch.float16)
+    assert not asks(clip)
+    clip.cond_stage_model.to(torch.bfloat16)
+    assert asks(clip)
+    clip.cond_stage_model.to(torch.float32)
 
     # what is not plain goes ComfyUI's way
     layer, own = text.transformer, {}
@@ -157,6 +184,11 @@ def test_bfloat16_where_the_loader_asked_for_it(found):
     assert 1e-4 < found["bfloat16"] < 0.03
     assert found["bfloat16 lora clone"] == found["bfloat16"]
     assert found["float32"] < TOLERANCE
+
+
+def test_scaled_fp8_files(found):
+    assert found["fp8"] < TOLERANCE
+    assert 1e-4 < found["fp8, bfloat16"] < 0.03
 
 
 def test_hooked_modules_are_called_once_for_all_prompts(found):
