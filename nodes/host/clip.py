@@ -14,7 +14,7 @@ from ...qwen_edit.checkpoints import read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
 from ...qwen_edit.pictures import to_pil
 from ...qwen_edit.text_encoder import FolderTextEncoder, PreparedPictures, encode
-from .memory import ShellPatcher
+from .memory import ShellPatcher, still_loaded
 
 OFFLOAD_AFTER_USE = "qwen_edit_offload_after_use"  # attachment on the patcher: leave the card after encoding
 
@@ -132,7 +132,7 @@ def shared_pictures(clip: comfy.sd.CLIP, images: Sequence[torch.Tensor]) -> Any:
 
 @contextmanager
 def loaded_once(clip: comfy.sd.CLIP) -> Iterator[None]:
-    """While this is open, only the first prompt asks ComfyUI to load the encoder, which costs as much as encoding one.
+    """While this is open, at most the first prompt asks ComfyUI to load the encoder, which costs as much as encoding one.
 
     Nothing else may use the card meanwhile. Encoders with hooks load differently for each prompt and are left alone.
     """
@@ -143,7 +143,7 @@ def loaded_once(clip: comfy.sd.CLIP) -> Iterator[None]:
 
     def load_first_time(tokens={}):  # noqa: B006 (ComfyUI's signature)
         if not loaded:
-            loaded.append(load(tokens))
+            loaded.append(clip.patcher if still_loaded(clip.patcher) else load(tokens))
         return loaded[0]
 
     clip.load_model = load_first_time

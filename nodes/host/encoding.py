@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,11 +116,14 @@ class Encoder:
             notes.append(f"Warning: {len(sizes)} pictures; the model was trained with up to {TESTED_PICTURES}.")
 
         references = []
-        for number, (picture, own) in enumerate(zip(edit.pictures, sizes, strict=True)):
-            size = reference_size(edit.reference_size, number, own[0] / own[1], width, height)
-            references.append(self._once(self._reference, picture, size))
-            if size != own:
-                notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
+        with ThreadPoolExecutor(1) as beside:
+            # resized for the text encoder while this thread waits for the VAE
+            beside.submit(lambda: [self._once(self._small, picture) for picture in edit.pictures])
+            for number, (picture, own) in enumerate(zip(edit.pictures, sizes, strict=True)):
+                size = reference_size(edit.reference_size, number, own[0] / own[1], width, height)
+                references.append(self._once(self._reference, picture, size))
+                if size != own:
+                    notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
 
         texts = []
         for text in (edit.prompt, edit.negative):
