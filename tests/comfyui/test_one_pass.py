@@ -33,6 +33,7 @@ from comfy.text_encoders import llama, qwen_vl
 from pack.nodes.host import prompts as host
 from pack.qwen_edit.text_encoder import EDIT_TEMPLATE, with_pictures
 
+torch.set_num_threads(1)  # thousands of small operations, which threads only slow down
 clip = small_native_clip()
 text = clip.cond_stage_model.qwen25_7b
 result = {}
