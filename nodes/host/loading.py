@@ -27,6 +27,7 @@ from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .memory import Owner, ShellPatcher
 from .model import make_model
+from .prompts import ask_for_bfloat16
 from .request import OFFLOAD, VERSIONS, LoadRequest
 from .vae import load_single_vae, load_vae, statistics
 
@@ -121,6 +122,8 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path, vae_pa
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
     notes = _notes(source, precision, attention, kernels, model)
+    if not encoder.is_dir() and ask_for_bfloat16(clip):
+        notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
     if too_large:
         notes.append(
             f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
