@@ -21,6 +21,7 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.precision import Precision
 from ...qwen_edit.quantize import drop_weights, prepare
 from ...qwen_edit.rope import Positions
+from ...qwen_edit.stored_weights import keep_stored
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 from . import notes
@@ -267,7 +268,16 @@ class QwenEditModel(comfy.model_base.QwenImage):
         check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, precision.dtype)
-        prepare(self.diffusion_model, precision.form)
+        prepare(self.diffusion_model, None if precision.stored else precision.form)
+        if precision.form is not None:
+            keep_stored(
+                self.diffusion_model,
+                source.stored,
+                comfy.model_management.get_torch_device(),
+                precision.products,
+                modulation_only=not precision.stored,
+                full_precision=precision.wanted == "auto",
+            )
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
         self.diffusion_model.kernels = kernels
