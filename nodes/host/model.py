@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
+from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
@@ -304,6 +304,16 @@ class QwenEditModel(comfy.model_base.QwenImage):
         except BaseException:  # cancelled too: the next load pins its own
             self._pins.release()
             raise
+
+    def state_dict_for_saving(self, unet_state_dict, *args, **kwargs):
+        """For ComfyUI's nodes that save a MODEL: with the mark of 2511, as its own."""
+        form = self.diffusion_model.precision.form
+        if form is not None:
+            raise ValueError(
+                f"{INPUT} A MODEL of QwenEditLoader in {form} can't be saved. Choose precision bf16 on the loader first."
+            )
+        marker = {ZERO_COND_MARKER: torch.tensor([])} if self.diffusion_model.config.zero_cond_t else {}
+        return super().state_dict_for_saving(unet_state_dict | marker, *args, **kwargs)
 
     def empty(self) -> None:
         self._pins.release()

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from comfy_process import run_in_comfyui
-from stored_files import VARIANTS, write
+from safetensors.torch import save_file
+from stored_files import VARIANTS, float_state, write
 
 pytestmark = pytest.mark.server
 
@@ -124,9 +126,13 @@ def files(tmp_path_factory) -> dict[str, Path]:
     return {variant: folder / f"{variant}.safetensors" for variant in VARIANTS}
 
 
+def _paths(files: dict[str, Path]) -> str:
+    return json.dumps({variant: str(path) for variant, path in files.items()})
+
+
 @pytest.fixture(scope="module")
 def compared(host, files) -> dict:
-    constants = f"PATHS, OTHER_WAYS = {json.dumps({v: str(p) for v, p in files.items()})!r}, {OTHER_WAYS}\n"
+    constants = f"PATHS, OTHER_WAYS = {_paths(files)!r}, {OTHER_WAYS}\n"
     return json.loads(run_in_comfyui(host, constants + CODE + COMPARE, 500).split("RESULT", 1)[1])
 
 
@@ -190,3 +196,116 @@ def test_the_size_that_memory_is_asked_for_is_the_size(compared, variant):
 def test_streamed_it_is_the_same_and_quantized_again_it_is_close(compared, variant):
     assert compared[variant]["streamed"]
     assert compared[variant]["int8"] < INT8
+
+
+# ComfyUI's LoRA patches
+
+PATCH = """
+import comfy.utils
+
+lora = comfy.utils.load_torch_file(LORA)
+result = {}
+with torch.inference_mode():
+    for variant, path in json.loads(PATHS).items():
+        if variant not in PATCHED:
+            continue
+        changes = []
+        for model in (model_of(path, FLOAT), model_of(path)):
+            before, stored = velocity(model), bits(model)
+            patched, _ = comfy.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+            changes.append(velocity(patched) - before)
+            parameters = dict(patched.model.diffusion_model.named_parameters())
+            in_ram = all(p.device.type == "cpu" for n, p in parameters.items() if "_mod." in n)
+            quantized = isinstance(parameters["transformer_blocks.1.img_mlp.net.0.proj.weight"], QuantizedTensor)
+            restored = torch.equal(velocity(model), before) and same(bits(model), stored)
+        wanted, change = changes
+        cosine = torch.cosine_similarity(change.flatten(), wanted.flatten(), 0).item()
+        result[variant] = [restored, quantized and in_ram, cosine, (change.norm() / wanted.norm()).item()]
+print("RESULT", json.dumps(result))
+"""
+# Least cosine between the LoRA's change and the one on float weights, and how far their lengths may differ.
+PATCHED = {
+    "fp8 scaled": (0.97, 0.04),
+    "fp8 full precision": (0.97, 0.04),
+    "int8 tensorwise": (0.99, 0.02),
+    "int8_convrot": (0.99, 0.02),
+    "mxfp8": (0.97, 0.04),
+    "nvfp4": (0.75, 0.3),
+    "nvfp4 smoothed": (0.75, 0.3),
+    "w4a4": (0.75, 0.3),
+}
+
+
+@pytest.fixture(scope="module")
+def patched(host, files, tmp_path_factory) -> dict:
+    state = float_state()
+    lora = {}
+    for name, tensor in state.items():
+        if name.startswith("transformer_blocks.1.") and tensor.ndim == 2:
+            layer = f"diffusion_model.{name.removesuffix('.weight')}"
+            lora[f"{layer}.lora_up.weight"] = torch.randn(tensor.shape[0], 4) * 0.1
+            lora[f"{layer}.lora_down.weight"] = torch.randn(4, tensor.shape[1]) * 0.1
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    save_file(lora, path)
+    constants = f"LORA, PATCHED, PATHS = {str(path)!r}, {tuple(PATCHED)}, {_paths(files)!r}\n"
+    return json.loads(run_in_comfyui(host, constants + CODE + PATCH, 500).split("RESULT", 1)[1])
+
+
+@pytest.mark.parametrize("variant", PATCHED)
+def test_a_native_lora_patch_on_stored_weights(patched, variant):
+    restored, as_before, cosine, ratio = patched[variant]
+    least, off = PATCHED[variant]
+    assert restored
+    assert as_before
+    assert cosine > least
+    assert abs(ratio - 1) < off
+
+
+# Files that ComfyUI saves
+
+SAVE = """
+result = {}
+with torch.inference_mode():
+    for variant, path in json.loads(PATHS).items():
+        if variant in SAVED:
+            saved = str(Path(FOLDER) / "saved.safetensors")
+            comfy.sd.save_checkpoint(saved, comfy.sd.load_diffusion_model(path))
+            source = transformer_from_file(Path(saved))
+            one, other = model_of(path), model_of(saved)
+            result[variant] = [torch.equal(velocity(one), velocity(other)), same(bits(one), bits(other)), source.config["zero_cond_t"]]
+    ours = str(Path(FOLDER) / "ours.safetensors")
+    model = model_of(json.loads(PATHS)["fp8 plain, some"], FLOAT)
+    comfy.sd.save_checkpoint(ours, model)
+    result["ours"] = off(velocity(comfy.sd.load_diffusion_model(ours)), velocity(model))
+    try:
+        comfy.sd.save_checkpoint(ours, model_of(json.loads(PATHS)["fp8 plain, some"]))
+    except ValueError as error:
+        result["refused"] = str(error)
+print("RESULT", json.dumps(result))
+"""
+SAVED = (
+    "fp8 scaled, old",
+    "fp8 full precision",
+    "int8_convrot",
+    "w4a4",
+    "nvfp4",
+    "nvfp4 smoothed",
+    "mxfp8",
+)
+
+
+@pytest.fixture(scope="module")
+def saved(host, files, tmp_path_factory) -> dict:
+    constants = f"FOLDER, SAVED, PATHS = {str(tmp_path_factory.mktemp('saved'))!r}, {SAVED}, {_paths(files)!r}\n"
+    return json.loads(run_in_comfyui(host, constants + CODE + SAVE, 500).split("RESULT", 1)[1])
+
+
+@pytest.mark.parametrize("variant", SAVED)
+def test_what_comfyui_saves_of_its_own_model_is_the_same_to_us(saved, variant):
+    assert saved[variant] == [True, True, True]
+
+
+def test_what_comfyui_saves_of_our_model(saved):
+    """As 2511, which is how ComfyUI's loader has to read it to give the same; quantized weights are not written."""
+    assert saved["ours"] < 1e-6
+    assert saved["refused"].startswith("[QE_INPUT] A MODEL of QwenEditLoader in fp8")
