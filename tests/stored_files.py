@@ -1,7 +1,7 @@
 """Small transformers written as ComfyUI's quantized single files, by comfy-kitchen alone."""
 
 import json
-from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 import comfy_kitchen.tensor as kitchen
@@ -36,15 +36,25 @@ LAYOUTS = {
 }
 
 
-def float_state(config: Mapping = CONFIG) -> State:
+def float_state() -> State:
     """Random weights with the spread of trained ones, in bf16."""
-    torch.manual_seed(0)
-    model = QwenEditTransformer(**config)
-    state = {}
+    return dict(_float_state())
+
+
+@cache
+def _float_state() -> State:
+    with torch.device("meta"):
+        model = QwenEditTransformer(**CONFIG)
+    generator, state = torch.Generator().manual_seed(0), {}
     for name, tensor in model.state_dict().items():
         gain = name.endswith("weight") and tensor.ndim == 1
-        state[name] = (torch.randn(tensor.shape) * 0.04 + gain).bfloat16()
+        state[name] = (torch.randn(tensor.shape, generator=generator) * 0.04 + gain).bfloat16()
     return state
+
+
+@cache
+def state_of(variant: str) -> State:
+    return VARIANTS[variant](float_state())
 
 
 def in_block(name: str, tensor: torch.Tensor) -> bool:
@@ -150,8 +160,8 @@ def metadata_of(variant: str, state: State) -> dict[str, str] | None:
     return {"_quantization_metadata": json.dumps({"layers": {layer: {"format": "float8_e4m3fn"} for layer in layers}})}
 
 
-def write(path: Path, variant: str, prefix: str = "", config: Mapping = CONFIG, **more: torch.Tensor) -> None:
+def write(path: Path, variant: str, prefix: str = "", **more: torch.Tensor) -> None:
     """The variant as one file, marked as 2511."""
-    state = VARIANTS[variant](float_state(config)) | {"__index_timestep_zero__": torch.zeros(0)}
+    state = state_of(variant) | {"__index_timestep_zero__": torch.zeros(0)}
     state = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state | more, path, metadata=metadata_of(variant, state))
