@@ -303,7 +303,17 @@ COMBOS = [
     ("encode", "reference_size"),
     ("sampler", "preset"),
 ]
-PATHS = ["../{}", "{root}/{}", "x\0{}", r"\\host\share\{}", "folder: ../secret", "demo: ../../{}", "", "nonsense"]
+PATHS = [
+    "../{}",
+    "{root}/{}",
+    "x\0{}",
+    r"\\host\share\{}",
+    "folder: ../secret",
+    "checkpoint: ../{}",
+    "demo: ../../{}",
+    "",
+    "nonsense",
+]
 
 
 @pytest.mark.parametrize(("which", "name"), COMBOS)
