@@ -21,7 +21,7 @@ from .errors import WEIGHTS
 from .quantize import MISSING, StaysInRam, in_its_form, is_modulation
 from .reading import Stored, read_ahead, read_now
 from .stored_formats import SMOOTHING, StoredWeight, take_stored_weights, unpacked
-from .stored_weights import KitchenLinear, as_quantized, dequantized, is_kept
+from .stored_weights import for_module
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -339,22 +339,12 @@ def fill(
     for name, tensor in _mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
         module, parameter = _owner(model, name)
         there = tensor if wanted[name].keep else tensor.to(device)
-        weight = source.stored.get(name)
-        if weight is None:
-            there = there.to(dtype)
-            state[name] = in_its_form(module, parameter, there)
-        else:
+        if name in source.stored:
             beside = {what: read_now(s).to(there.device) for what, s in scales[name].items()}
-            smoothing = beside.pop(SMOOTHING, None)
-            shape = module.out_features, module.in_features
-            quantized = as_quantized(weight, there, beside, shape, dtype)
-            if is_kept(module):
-                state[name] = quantized
-                if isinstance(module, KitchenLinear):
-                    module.smoothing = smoothing
-            else:
-                there = dequantized(quantized, smoothing)
-                state[name] = in_its_form(module, parameter, there)
+            there = for_module(module, source.stored[name], there, beside, dtype)
+        else:
+            there = there.to(dtype)
+        state[name] = in_its_form(module, parameter, there)
         if wanted[name].keep and on_ram is not None:
             on_ram(there)
         done += wanted[name].nbytes

@@ -201,19 +201,18 @@ def stored_bytes(model: nn.Module) -> int:
         if isinstance(module, StaysInRam):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            quantized = isinstance(module, QuantizedLinear) and name == "weight"
-            if quantized and module.stored_nbytes is not None:
-                total += module.stored_nbytes
-            elif quantized and parameter.is_meta:
-                total += round(parameter.numel() * 2 * SHARE[module.form])
-            else:
+            if not isinstance(module, QuantizedLinear) or name != "weight":
                 total += parameter.nbytes
+            elif module.stored_nbytes is not None:
+                total += module.stored_nbytes
+            else:
+                total += round(parameter.numel() * 2 * SHARE[module.form]) if parameter.is_meta else parameter.nbytes
     return total
 
 
 def in_its_form(module: Any, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that was read for ``module``, quantized if that is how the module keeps it."""
-    wanted = isinstance(module, QuantizedLinear) and parameter == "weight"
+    """A tensor that was read for ``module``, quantized if that is how the module keeps it and it is not yet."""
+    wanted = isinstance(module, QuantizedLinear) and parameter == "weight" and not isinstance(tensor, QuantizedTensor)
     return quantize_weight(tensor, module.form) if wanted else tensor
 
 

@@ -26,7 +26,7 @@ from .quantize import (
     StaysInRam,
     is_modulation,
 )
-from .stored_formats import StoredWeight
+from .stored_formats import SMOOTHING, StoredWeight
 
 LAYOUTS = {
     "float8_e4m3fn": ROWWISE_FP8,
@@ -82,7 +82,7 @@ def as_quantized(
 
 def _as_e4m3(data: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float8_e5m2 as float8_e4m3fn: that has a bit more, and a row scaled by a power of two fits into its range but for
-    numbers below 2^-17 of the row's largest."""
+    numbers below 2^-15 of the row's largest."""
     values = data.float()
     largest = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float8_e5m2).smallest_normal)
     factor = torch.exp2(torch.floor(torch.log2(448 / largest)))
@@ -193,9 +193,21 @@ def _kind(
     return FourBitLinear if weight.family == "w4a4" else KitchenLinear
 
 
-def is_kept(module: nn.Module) -> bool:
-    """Whether a module keeps its weight as the file has it."""
-    return isinstance(module, StoredInRam) or (isinstance(module, QuantizedLinear) and module.stored_nbytes is not None)
+def for_module(
+    module: Any, stored: StoredWeight, data: torch.Tensor, beside: dict[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """What was read of a weight: as stored where ``keep_stored`` has chosen the module for it, else as floats.
+
+    Args:
+        beside: the weight's scales, and smoothing if it has one; on the device of ``data``.
+    """
+    scales = {what: tensor for what, tensor in beside.items() if what != SMOOTHING}
+    weight = as_quantized(stored, data, scales, (module.out_features, module.in_features), dtype)
+    if isinstance(module, KitchenLinear):
+        module.smoothing = beside.get(SMOOTHING)
+    elif not isinstance(module, QuantizedLinear | StoredInRam) or module.stored_nbytes is None:
+        return dequantized(weight, beside.get(SMOOTHING))
+    return weight
 
 
 def product_problem(family: str, device: torch.device) -> str | None:
