@@ -309,3 +309,47 @@ def test_what_comfyui_saves_of_our_model(saved):
     """As 2511, which is how ComfyUI's loader has to read it to give the same; quantized weights are not written."""
     assert saved["ours"] < 1e-6
     assert saved["refused"].startswith("[QE_INPUT] A MODEL of QwenEditLoader in fp8")
+
+
+# One linear of the released width
+
+LAYER = """
+import comfy.ops
+import comfy.utils
+from pack.qwen_edit.checkpoints import read_header, read_metadata
+from pack.qwen_edit.stored_formats import take_stored_weights
+from pack.qwen_edit.stored_weights import as_quantized
+from safetensors.torch import load_file
+
+result, name = {}, "transformer_blocks.0.attn.to_q.weight"
+with torch.inference_mode():
+    for path in Path(FOLDER).glob("*.safetensors"):
+        names = {key: key for key in read_header(path)}
+        (stored,) = take_stored_weights(path, read_header(path), names, {}).values()
+        state = load_file(path)
+        scales = {what: state[key] for what, key in stored.scales.items()}
+        ours = as_quantized(stored, state[name], scales, (3072, 3072), torch.bfloat16)
+        state, _ = comfy.utils.convert_old_quants(state)
+        native = comfy.ops.mixed_precision_ops().Linear(3072, 3072, bias=False)
+        native.load_state_dict({key.rpartition(".")[2]: tensor for key, tensor in state.items()})
+        expected = native.weight.dequantize() if isinstance(native.weight, QuantizedTensor) else native.weight
+        result[path.stem] = off(ours.dequantize().float(), expected.float())
+print("RESULT", json.dumps(result))
+"""
+WIDE = [v for v in VARIANTS if v not in ("fp8 mixed", "fp8 by metadata", "int8 and fp8", "nvfp4 and fp8", "e5m2 plain")]
+
+
+@pytest.fixture(scope="module")
+def wide(host, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("wide")
+    weight = (torch.randn(3072, 3072, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    for variant in WIDE:
+        state = VARIANTS[variant]({"transformer_blocks.0.attn.to_q.weight": weight})
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / f"{variant}.safetensors")
+    return json.loads(run_in_comfyui(host, f"FOLDER = {str(folder)!r}\n{CODE}{LAYER}", 300).split("RESULT", 1)[1])
+
+
+@pytest.mark.parametrize("variant", WIDE)
+def test_a_linear_of_the_released_width_is_what_comfyui_reads(wide, variant):
+    """Both in bf16; comfy-kitchen rounds a scale to it before it multiplies, ours after."""
+    assert wide[variant] < (0.004 if "fp8" in variant or "e5m2" in variant else 1e-6)
