@@ -1,15 +1,16 @@
 """What a weights file or folder is, decided from headers before a byte of weights is read.
 
 Two forms are understood: a diffusers folder (``model_index.json`` of ``QwenImageEditPlusPipeline`` or
-``QwenImageEditPipeline``, sharded or not) and one safetensors file holding the transformer, with or without the
-prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffusers' tensor names.
+``QwenImageEditPipeline``, sharded or not) and one safetensors file holding the transformer, under a prefix or not, alone
+or with a text encoder and a VAE, quantized or not (the forms that ComfyUI users have; see ``stored_formats``). Both use
+diffusers' tensor names.
 """
 
 import json
 import math
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,24 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from .errors import WEIGHTS
-from .quantize import StaysInRam, in_its_form, is_modulation
-from .reading import Stored, read_ahead
+from .quantize import MISSING, StaysInRam, in_its_form, is_modulation
+from .reading import Stored, read_ahead, read_now
+from .stored_formats import SMOOTHING, StoredWeight, take_stored_weights, unpacked
+from .stored_weights import for_module
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = FLOAT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 # Present in ComfyUI's single files of 2511 (zero_cond_t); repackaged files may lack it.
 ZERO_COND_MARKER = "__index_timestep_zero__"
-SINGLE_FILE_PREFIX = "model.diffusion_model."
+# This model alone has it at the top of its names, so what stands before it is the file's prefix.
+TOP_LEVEL_NAME = "txt_norm.weight"
 # safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
 MAX_HEADER_BYTES = 100_000_000
 
@@ -36,7 +47,9 @@ class TransformerSource:
     """Where the transformer's weights lie and what they are.
 
     ``config`` are the arguments of diffusers' ``QwenImageTransformer2DModel``; ``tensors`` maps each of its
-    tensor names to (file, name in the file); ``dtype`` is the dtype that most bytes have on disk.
+    tensor names to (file, name in the file); ``dtype`` is the dtype that most bytes have on disk; ``stored`` are those
+    of the tensors that are quantized; ``version_by`` says how 2511 (``zero_cond_t``) was told from 2509, None: nothing
+    did.
     """
 
     label: str
@@ -44,6 +57,8 @@ class TransformerSource:
     tensors: Mapping[str, tuple[Path, str]]
     dtype: torch.dtype
     fingerprint: tuple
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
+    version_by: str | None = "its configuration"
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:
@@ -71,13 +86,22 @@ def read_header(path: Path) -> dict[str, dict]:
         raise ValueError(
             f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
         ) from e
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
+    header, length = _raw_header(path)
     header.pop("__metadata__", None)
     for entry in header.values():
         entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
     return header
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free entries of a safetensors file that ``read_header`` has accepted."""
+    return _raw_header(path)[0].get("__metadata__", {})
+
+
+def _raw_header(path: Path) -> tuple[dict[str, dict], int]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), length
 
 
 def _shown(path: Path) -> str:
@@ -139,29 +163,43 @@ def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> Transf
     """The transformer in one safetensors file; its configuration is read off the tensor shapes.
 
     Args:
-        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the marker key.
+        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the file, see ``_version``.
 
     Raises:
-        ValueError: another architecture, a quantized file, or a damaged one.
+        ValueError: another architecture, a format that is not understood, or a damaged file.
     """
-    header = read_header(path)
-    prefix = SINGLE_FILE_PREFIX if any(k.startswith(SINGLE_FILE_PREFIX) for k in header) else ""
+    header, metadata = read_header(path), read_metadata(path)
+    prefix = next((k.removesuffix(TOP_LEVEL_NAME) for k in header if k.endswith(TOP_LEVEL_NAME)), "")
     names = {k.removeprefix(prefix): k for k in header if k.startswith(prefix)}
     _refuse_other_architectures(path, header, names)
-    quantized = [n for n in names if header[names[n]]["dtype"] not in FLOAT_DTYPES and n != ZERO_COND_MARKER]
-    if quantized:
-        raise ValueError(
-            f"{WEIGHTS} {path.name} holds {len(quantized)} tensors in {header[names[quantized[0]]]['dtype']}. This"
-            " version loads bf16, fp16 and fp32 files; use ComfyUI's own loader for quantized ones."
-        )
     marked = names.pop(ZERO_COND_MARKER, None) is not None
+    version, version_by = _version(path, marked, metadata)
+    stored = take_stored_weights(path, header, names, metadata)
+    if stored and MISSING is not None:
+        raise ValueError(f"{WEIGHTS} {path.name} is quantized, but {MISSING}. Update ComfyUI, which brings it.")
     return TransformerSource(
         label=path.stem,
-        config=_config_from_shapes(header, names) | {"zero_cond_t": marked if zero_cond_t is None else zero_cond_t},
-        tensors={name: (path, stored) for name, stored in names.items()},
+        config=_config_from_shapes(header, names, stored)
+        | {"zero_cond_t": version if zero_cond_t is None else zero_cond_t},
+        tensors={name: (path, key) for name, key in names.items()},
         dtype=_main_dtype([path]),
         fingerprint=fingerprint([path]),
+        stored=stored,
+        version_by=version_by if zero_cond_t is None else "model_version",
     )
+
+
+def _version(path: Path, marked: bool, metadata: Mapping[str, str]) -> tuple[bool, str | None]:
+    """Whether a single file is 2511, and what says so. The weights of 2511 and 2509 do not differ in shape, so it is the
+    mark, else the one of the two numbers in the file's metadata, else in its name; else it is taken for 2509, as ComfyUI
+    does."""
+    if marked:
+        return True, "the file's mark"
+    notes = " ".join(str(v) for k, v in metadata.items() if k not in ("prompt", "workflow"))  # those name many files
+    for text, what in ((notes, "the file's metadata"), (path.name, "the file's name")):
+        if ("2511" in text) != ("2509" in text):
+            return "2511" in text, what
+    return False, None
 
 
 def read_config(component: Path, name: str = "config.json") -> dict[str, Any]:
@@ -213,8 +251,8 @@ def block_bytes(source: TransformerSource) -> int:
     """Size in bf16 of the blocks' weights, those of the modulation left out."""
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
     return sum(
-        2 * math.prod(headers[path][stored]["shape"])
-        for name, (path, stored) in source.tensors.items()
+        2 * math.prod(unpacked(source.stored.get(name), headers[path][key]["shape"]))
+        for name, (path, key) in source.tensors.items()
         if name.startswith("transformer_blocks.") and not is_modulation(name)
     )
 
@@ -245,9 +283,11 @@ _SIGNATURES = (
 )
 
 
-def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) -> dict[str, Any]:
+def _config_from_shapes(
+    header: Mapping[str, dict], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
+) -> dict[str, Any]:
     def shape(name: str) -> list[int]:
-        return header[names[name]]["shape"]
+        return unpacked(stored.get(name), header[names[name]]["shape"])
 
     inner, in_channels = shape("img_in.weight")
     head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
@@ -293,13 +333,18 @@ def fill(
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
     """
     check_tensors(model, source)
-    wanted = _stored(model, source)
+    wanted, scales = _stored(model, source)
     total, done = sum(s.nbytes for s in wanted.values()), 0
     state = {}
     for name, tensor in _mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
-        module, _, parameter = name.rpartition(".")
-        there = (tensor if wanted[name].keep else tensor.to(device)).to(dtype)
-        state[name] = in_its_form(model.get_submodule(module), parameter, there)
+        module, parameter = _owner(model, name)
+        there = tensor if wanted[name].keep else tensor.to(device)
+        if name in source.stored:
+            beside = {what: read_now(s).to(there.device) for what, s in scales[name].items()}
+            there = for_module(module, source.stored[name], there, beside, dtype)
+        else:
+            there = there.to(dtype)
+        state[name] = in_its_form(module, parameter, there)
         if wanted[name].keep and on_ram is not None:
             on_ram(there)
         done += wanted[name].nbytes
@@ -316,17 +361,29 @@ def _mapped(wanted: Mapping[str, Stored]) -> Iterator[tuple[str, torch.Tensor]]:
             yield from ((name, file.get_tensor(s.name)) for name, s in wanted.items() if s.path == path)
 
 
-def _stored(model: torch.nn.Module, source: TransformerSource) -> dict[str, Stored]:
-    """By the model's names, in the order in which the tensors lie in the files."""
+def _owner(model: torch.nn.Module, name: str) -> tuple[Any, str]:
+    module, _, parameter = name.rpartition(".")
+    return model.get_submodule(module), parameter
+
+
+def _stored(
+    model: torch.nn.Module, source: TransformerSource
+) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
+    """By the model's names: the tensors, in the order in which they lie in the files, and the scales of the quantized."""
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
-    found = {}
-    for name, (path, key) in source.tensors.items():
+
+    def place(path: Path, key: str, keep: bool = False) -> Stored:
         entry = headers[path][key]
-        keep = isinstance(model.get_submodule(name.rpartition(".")[0]), StaysInRam)
-        found[name] = Stored(
-            key, path, entry["data_offsets"][0], tuple(entry["shape"]), FLOAT_DTYPES[entry["dtype"]], keep
-        )
-    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset)))
+        return Stored(key, path, entry["data_offsets"][0], tuple(entry["shape"]), DTYPES[entry["dtype"]], keep)
+
+    found, scales = {}, {}
+    for name, (path, key) in source.tensors.items():
+        found[name] = place(path, key, isinstance(_owner(model, name)[0], StaysInRam))
+        if name in source.stored:
+            weight = source.stored[name]
+            beside = dict(weight.scales) | ({SMOOTHING: weight.smoothing} if weight.smoothing is not None else {})
+            scales[name] = {what: place(path, key) for what, key in beside.items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset))), scales
 
 
 def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
@@ -338,8 +395,10 @@ def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
     expected = model.state_dict()
     check_names(source.label, expected.keys(), source.tensors.keys())
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
-    for name, (path, stored) in source.tensors.items():
-        _check_shape(source.label, name, headers[path][stored]["shape"], expected[name].shape)
+    for name, (path, key) in source.tensors.items():
+        weight, shape = source.stored.get(name), expected[name].shape
+        wanted = shape if weight is None else weight.stored_shape(shape)
+        _check_shape(source.label, name, headers[path][key]["shape"], wanted)
 
 
 def _check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

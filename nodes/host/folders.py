@@ -19,16 +19,21 @@ DEMO_NAME = "demo (small model of this pack)"
 FROM_MODEL = "from the model folder"
 NONE = "none"
 FOLDER_PREFIX = "folder: "
+CHECKPOINT_PREFIX = "checkpoint: "
 DEMO_LORA_PREFIX = "demo: "
 
 
 def models() -> list[str]:
-    """Diffusers folders first, then single files with those that look like Qwen-Image-Edit first, the demo last."""
-    files = folder_paths.get_filename_list("diffusion_models")
-    safetensors = [f for f in files if f.lower().endswith((".safetensors", ".sft"))]
-    safetensors.sort(key=lambda name: (not _looks_like_edit(name), name.lower()))
+    """Diffusers folders first, then single files with those that look like Qwen-Image-Edit first, those of
+    models/checkpoints (transformer, text encoder and VAE in one) in the same order, the demo last."""
     demo = [DEMO_NAME] if is_edit_folder(DEMO) else []
-    return [FOLDER_PREFIX + name for name in _edit_folders()] + safetensors + demo
+    checkpoints = [CHECKPOINT_PREFIX + name for name in _safetensors("checkpoints")]
+    return [FOLDER_PREFIX + name for name in _edit_folders()] + _safetensors("diffusion_models") + checkpoints + demo
+
+
+def _safetensors(folder: str) -> list[str]:
+    files = [f for f in folder_paths.get_filename_list(folder) if f.lower().endswith((".safetensors", ".sft"))]
+    return sorted(files, key=lambda name: (not _looks_like_edit(name), name.lower()))
 
 
 def default_model() -> str | None:
@@ -67,6 +72,8 @@ def model_path(name: str) -> Path:
         return DEMO
     if name.startswith(FOLDER_PREFIX):
         return _edit_folders()[name.removeprefix(FOLDER_PREFIX)]
+    if name.startswith(CHECKPOINT_PREFIX):
+        return _file("checkpoints", name.removeprefix(CHECKPOINT_PREFIX))
     return _file("diffusion_models", name)
 
 

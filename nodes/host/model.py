@@ -14,7 +14,7 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
+from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.extra_channels import ExtraChannels
 from ...qwen_edit.kernels import FusedKernels
@@ -22,6 +22,7 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.precision import Precision
 from ...qwen_edit.quantize import drop_weights, prepare
 from ...qwen_edit.rope import Positions
+from ...qwen_edit.stored_weights import keep_stored
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 from . import notes
@@ -271,7 +272,16 @@ class QwenEditModel(comfy.model_base.QwenImage):
         check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, precision.dtype)
-        prepare(self.diffusion_model, precision.form)
+        prepare(self.diffusion_model, None if precision.stored else precision.form)
+        if precision.form is not None:
+            keep_stored(
+                self.diffusion_model,
+                source.stored,
+                comfy.model_management.get_torch_device(),
+                precision.products,
+                modulation_only=not precision.stored,
+                full_precision=precision.wanted == "auto",
+            )
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
         self.diffusion_model.kernels = kernels
@@ -298,6 +308,16 @@ class QwenEditModel(comfy.model_base.QwenImage):
         except BaseException:  # cancelled too: the next load pins its own
             self._pins.release()
             raise
+
+    def state_dict_for_saving(self, unet_state_dict, *args, **kwargs):
+        """For ComfyUI's nodes that save a MODEL: with the mark of 2511, as its own."""
+        form = self.diffusion_model.precision.form
+        if form is not None:
+            raise ValueError(
+                f"{INPUT} A MODEL of QwenEditLoader in {form} can't be saved. Choose precision bf16 on the loader first."
+            )
+        marker = {ZERO_COND_MARKER: torch.tensor([])} if self.diffusion_model.config.zero_cond_t else {}
+        return super().state_dict_for_saving(unet_state_dict | marker, *args, **kwargs)
 
     def empty(self) -> None:
         self._pins.release()

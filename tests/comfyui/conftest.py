@@ -35,7 +35,7 @@ def host() -> Host:
 
 
 PROBE_NODES = Path(__file__).parent / "probe_nodes"
-MODEL_FOLDERS = ("diffusers", "diffusion_models", "text_encoders", "vae", "loras")
+MODEL_FOLDERS = ("diffusers", "diffusion_models", "checkpoints", "text_encoders", "vae", "loras")
 
 
 @pytest.fixture(scope="session")
