@@ -120,12 +120,12 @@ class Case:
             setattr(many, name, tensor.expand(count, *tensor.shape[1:]).contiguous())
         return many
 
-    def ours(self, model) -> torch.Tensor:
+    def ours(self, model, dtype: torch.dtype = DTYPE) -> torch.Tensor:
         """As our sampler calls it, which knows the timestep without asking the card."""
-        both = torch.cat([self.tokens(self.latents), self.tokens(self.reference)], dim=1)
+        both = torch.cat([self.tokens(self.latents), self.tokens(self.reference)], dim=1).to(dtype)
         grid = (1, self.rows, self.rows)
         shapes = [[grid, grid]] * len(both)
-        return model(both, self.text, None, self.known_timestep, shapes, return_dict=False)[0]
+        return model(both, self.text.to(dtype), None, self.known_timestep, shapes, return_dict=False)[0]
 
     def native(self, model) -> torch.Tensor:
         velocity = model(self.latents, self.timestep, self.text, ref_latents=[self.reference])

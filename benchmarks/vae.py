@@ -36,11 +36,11 @@ def import_comfyui(comfyui: Path) -> tuple[Any, Any]:
     return import_module("comfy.sd"), import_module("pack.nodes.host.picture_vae")
 
 
-def random_state() -> dict[str, torch.Tensor]:
-    """Tensors of the released VAE's names and shapes, such that activations keep their size."""
+def random_state(width: int = 96) -> dict[str, torch.Tensor]:
+    """Tensors of the released VAE's names and (with its width, 96) shapes, such that activations keep their size."""
     with torch.device("meta"):
         shapes = import_module("comfy.ldm.wan.vae").WanVAE(
-            dim=96, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
+            dim=width, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=2, attn_scales=[],
             temperal_downsample=[False, True, True], image_channels=3, conv_out_channels=3, dropout=0.0,
         ).state_dict()  # fmt: skip
     state = {}

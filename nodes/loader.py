@@ -1,4 +1,4 @@
-"""QwenEditLoader: a diffusers folder, or ComfyUI's single files, as MODEL, CLIP and VAE."""
+"""QwenEditLoader: a diffusers folder, or ComfyUI's single files and checkpoints, as MODEL, CLIP and VAE."""
 
 from comfy_api.latest import io, ui
 
@@ -21,21 +21,23 @@ class QwenEditLoader(io.ComfyNode):
                     "model",
                     options=folders.models(),
                     default=folders.default_model(),
-                    tooltip="A diffusers folder (models/diffusers/NAME with model_index.json), a safetensors or GGUF"
-                    " file from models/diffusion_models, or the small demo model.",
+                    tooltip="A diffusers folder (models/diffusers/NAME with model_index.json), a safetensors or GGUF file from"
+                    " models/diffusion_models, one from models/checkpoints that holds everything, or the small demo model.",
                 ),
                 io.Combo.Input(
                     "text_encoder",
                     options=folders.text_encoders(),
                     default=folders.FROM_MODEL,
-                    tooltip="qwen_2.5_vl_7b for single files. A diffusers folder brings its own. none: the CLIP of another"
-                    " loader is connected instead (ComfyUI-GGUF's, for an encoder in a GGUF file).",
+                    tooltip="qwen_2.5_vl_7b for a transformer alone. A diffusers folder, and a file that holds everything, bring"
+                    " their own. none: the CLIP of another loader is connected instead (ComfyUI-GGUF's, for an encoder in a"
+                    " GGUF file).",
                 ),
                 io.Combo.Input(
                     "vae",
                     options=folders.vaes(),
                     default=folders.FROM_MODEL,
-                    tooltip="qwen_image_vae for single files. A diffusers folder brings its own.",
+                    tooltip="qwen_image_vae for a transformer alone. A diffusers folder, and a file that holds everything, bring "
+                    "their own.",
                 ),
                 io.Combo.Input(
                     "profile",
@@ -49,8 +51,9 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(PRECISIONS),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as the profile says; GGUF files stay as they are. fp8, int8 and w4a4 (4 bit) quantize while the file"
-                    " is read; what does not run here falls back, and the node says so. fp16 overflows in this model on many pictures.",
+                    tooltip="auto: as the profile says; a quantized file runs as it is stored. fp8, int8 and w4a4 (4 bit) "
+                    "quantize a bf16 file while it is read; what does not run here falls back, and the node says so. fp16 "
+                    "overflows in this model on many pictures.",
                 ),
                 io.Combo.Input(
                     "attention",
@@ -75,8 +78,8 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(VERSIONS),
                     default="auto",
                     advanced=True,
-                    tooltip="For single files: 2511 modulates the reference pictures at t = 0, 2509 does not. auto reads it off"
-                    " the file; some repackaged 2511 files lack the mark.",
+                    tooltip="For single files: 2511 modulates the reference pictures at t = 0, 2509 does not. auto goes by the "
+                    "file's mark, metadata or name, and the node says by which.",
                 ),
             ],
             outputs=[

@@ -23,6 +23,11 @@ class BlockType:
     values: int
     nbytes: int
 
+    @property
+    def family(self) -> str:
+        """As of ``StoredWeight``."""
+        return self.name
+
 
 # By the names that files and people use.
 BLOCK_TYPES = {

@@ -1,35 +1,45 @@
 """What a weights file or folder is, decided from headers before a byte of weights is read.
 
 Two forms are understood: a diffusers folder (``model_index.json`` of ``QwenImageEditPlusPipeline`` or
-``QwenImageEditPipeline``, sharded or not) and one safetensors or GGUF file holding the transformer, with or without the
-prefix ``model.diffusion_model.`` (the form ComfyUI users have). Both use diffusers' tensor names.
+``QwenImageEditPipeline``, sharded or not) and one safetensors or GGUF file holding the transformer, under a prefix or not,
+alone or with a text encoder and a VAE, quantized or not (the forms that ComfyUI users have; see ``stored_formats`` and
+``gguf``). Both use diffusers' tensor names.
 """
 
 import json
 import math
-import struct
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from .blocks import BLOCK_TYPES, BlockType, dequantize, packed_shape
 from .errors import WEIGHTS
-from .gguf import SUFFIX, guess_version, read_gguf_header
+from .gguf import SUFFIX
+from .headers import read_header, read_metadata
 from .packed import PackedLinear
-from .quantize import StaysInRam, in_its_form, is_modulation
-from .reading import Stored, mapped, read_ahead
+from .quantize import MISSING, StaysInRam, in_its_form, is_modulation
+from .reading import Stored, mapped, read_ahead, read_now
+from .stored_formats import SMOOTHING, StoredWeight, take_stored_weights, unpacked
+from .stored_weights import for_module
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
+DTYPES = FLOAT_DTYPES | {
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 # Present in ComfyUI's single files of 2511 (zero_cond_t); repackaged files may lack it.
 ZERO_COND_MARKER = "__index_timestep_zero__"
-SINGLE_FILE_PREFIX = "model.diffusion_model."
-# safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
-MAX_HEADER_BYTES = 100_000_000
+# This model alone has it at the top of its names, so what stands before it is the file's prefix.
+TOP_LEVEL_NAME = "txt_norm.weight"
+
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
@@ -39,7 +49,9 @@ class TransformerSource:
     """Where the transformer's weights lie and what they are.
 
     ``config`` are the arguments of diffusers' ``QwenImageTransformer2DModel``; ``tensors`` maps each of its
-    tensor names to (file, name in the file); ``dtype`` is the dtype that most bytes have on disk.
+    tensor names to (file, name in the file); ``dtype`` is the dtype that most bytes have on disk; ``stored`` are those
+    of the tensors that are quantized, ``blocks`` those in ggml's formats; ``version_by`` says how 2511 (``zero_cond_t``) was told from 2509, None: nothing
+    did.
     """
 
     label: str
@@ -47,77 +59,14 @@ class TransformerSource:
     tensors: Mapping[str, tuple[Path, str]]
     dtype: torch.dtype
     fingerprint: tuple
+    stored: Mapping[str, StoredWeight] = field(default_factory=dict)
     blocks: Mapping[str, BlockType] = field(default_factory=dict)
-    version_note: str | None = None
+    version_by: str | None = "its configuration"
 
 
 def fingerprint(paths: Iterable[Path]) -> tuple:
     """Changes when any of the files is replaced: name, size and modification time."""
     return tuple((str(p), p.stat().st_size, p.stat().st_mtime_ns) for p in sorted(paths))
-
-
-def read_header(path: Path) -> dict[str, dict]:
-    """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
-
-    Files whose names end in .gguf are read as such, see ``gguf.py``.
-
-    Raises:
-        ValueError: not a safetensors (or GGUF) file, with the likely cause, or a damaged one.
-    """
-    size = path.stat().st_size
-    is_gguf = path.suffix.lower() == SUFFIX
-    with path.open("rb") as file:
-        start = file.read(512)
-    cause = _no_weights(start) or (None if is_gguf else _not_safetensors(start, size))
-    if cause is not None:
-        kind = "GGUF" if is_gguf else "safetensors"
-        raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a {kind} file: {cause}")
-    if is_gguf:
-        return read_gguf_header(path)[0]
-    try:
-        # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as e:
-        raise ValueError(
-            f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
-        ) from e
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return header
-
-
-def _shown(path: Path) -> str:
-    """The file's name, with its folders when it is part of a diffusers folder."""
-    return "/".join(path.parts[-3:]) if (path.parent.parent / "model_index.json").is_file() else path.name
-
-
-def _no_weights(start: bytes) -> str | None:
-    text = start.lstrip().lower()
-    if start.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer. Run 'git lfs pull', or download the file itself."
-    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
-        return "it is a web page, probably an error page saved by the download. Download the file again."
-    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
-        return "it is a zip or pickle file. This pack loads safetensors and GGUF only, because a pickle can run code."
-    return None
-
-
-def _not_safetensors(start: bytes, size: int) -> str | None:
-    if start.startswith(b"GGUF"):
-        return "it is a GGUF file. This pack takes those as transformers, under names that end in .gguf."
-    if size < 10:
-        return "it is empty or cut off. Download it again."
-    (length,) = struct.unpack("<Q", start[:8])
-    if length > MAX_HEADER_BYTES or start[8:9] != b"{":
-        return "its first bytes are no safetensors header. It is another kind of file, or damaged."
-    if length + 8 > size:
-        return "it ends inside its own header, so the download was cut off. Download it again."
-    return None
 
 
 def is_edit_folder(folder: Path) -> bool:
@@ -154,38 +103,46 @@ def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> Transf
     """The transformer in one safetensors or GGUF file; its configuration is read off the tensor shapes.
 
     Args:
-        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the marker key, or in a GGUF
-            file without it by what the file calls itself.
+        zero_cond_t: True for 2511, False for 2509 and the first Qwen-Image-Edit; None: by the file, see ``_version``.
 
     Raises:
-        ValueError: another architecture, a quantized file, or a damaged one.
+        ValueError: another architecture, a format that is not understood, or a damaged file.
     """
-    header = read_header(path)
-    prefix = SINGLE_FILE_PREFIX if any(k.startswith(SINGLE_FILE_PREFIX) for k in header) else ""
+    header, metadata = read_header(path), read_metadata(path)
+    prefix = next((k.removesuffix(TOP_LEVEL_NAME) for k in header if k.endswith(TOP_LEVEL_NAME)), "")
     names = {k.removeprefix(prefix): k for k in header if k.startswith(prefix)}
     _refuse_other_architectures(path, header, names)
-    blocks = {n: BLOCK_TYPES[t] for n, k in names.items() if (t := header[k]["dtype"]) in BLOCK_TYPES}
-    quantized = [
-        n for n in names if n not in blocks and header[names[n]]["dtype"] not in FLOAT_DTYPES and n != ZERO_COND_MARKER
-    ]
-    if quantized:
-        raise ValueError(
-            f"{WEIGHTS} {path.name} holds {len(quantized)} tensors in {header[names[quantized[0]]]['dtype']}. This"
-            " version loads bf16, fp16 and fp32 files; use ComfyUI's own loader for quantized ones."
-        )
     marked = names.pop(ZERO_COND_MARKER, None) is not None
-    note = None
-    if zero_cond_t is None and not marked and path.suffix.lower() == SUFFIX:
-        marked, note = guess_version(path)
+    version, version_by = _version(path, marked, metadata)
+    blocks = {n: BLOCK_TYPES[t] for n, k in names.items() if (t := header[k]["dtype"]) in BLOCK_TYPES}
+    stored = {} if path.suffix.lower() == SUFFIX else take_stored_weights(path, header, names, metadata)
+    if stored and MISSING is not None:
+        raise ValueError(f"{WEIGHTS} {path.name} is quantized, but {MISSING}. Update ComfyUI, which brings it.")
     return TransformerSource(
         label=path.stem,
-        config=_config_from_shapes(header, names) | {"zero_cond_t": marked if zero_cond_t is None else zero_cond_t},
-        tensors={name: (path, stored) for name, stored in names.items()},
+        config=_config_from_shapes(header, names, stored)
+        | {"zero_cond_t": version if zero_cond_t is None else zero_cond_t},
+        tensors={name: (path, key) for name, key in names.items()},
         dtype=_main_dtype([path]),
         fingerprint=fingerprint([path]),
+        stored=stored,
         blocks=blocks,
-        version_note=note,
+        version_by=version_by if zero_cond_t is None else "model_version",
     )
+
+
+def _version(path: Path, marked: bool, metadata: Mapping[str, str]) -> tuple[bool, str | None]:
+    """Whether a single file is 2511, and what says so. The weights of 2511 and 2509 do not differ in shape, so it is the
+    mark, else the one of the two numbers in the file's metadata, else in its name; else it is taken for 2509, as ComfyUI
+    does."""
+    if marked:
+        return True, "the file's mark"
+    notes = " ".join(str(v) for k, v in metadata.items() if k not in ("prompt", "workflow"))  # those name many files
+    for text, what in ((notes, "the file's metadata"), (path.name, "the file's name")):
+        found = {number for number in ("2511", "2509") if re.search(rf"(?<!\d){number}(?!\d)", text)}  # not in a date
+        if len(found) == 1:
+            return found == {"2511"}, what
+    return False, None
 
 
 def read_config(component: Path, name: str = "config.json") -> dict[str, Any]:
@@ -237,8 +194,8 @@ def block_bytes(source: TransformerSource) -> int:
     """Size in bf16 of the blocks' weights, those of the modulation left out."""
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
     return sum(
-        2 * math.prod(headers[path][stored]["shape"])
-        for name, (path, stored) in source.tensors.items()
+        2 * math.prod(unpacked(source.stored.get(name), headers[path][key]["shape"]))
+        for name, (path, key) in source.tensors.items()
         if name.startswith("transformer_blocks.") and not is_modulation(name)
     )
 
@@ -269,9 +226,11 @@ _SIGNATURES = (
 )
 
 
-def _config_from_shapes(header: Mapping[str, dict], names: Mapping[str, str]) -> dict[str, Any]:
+def _config_from_shapes(
+    header: Mapping[str, dict], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
+) -> dict[str, Any]:
     def shape(name: str) -> list[int]:
-        return header[names[name]]["shape"]
+        return unpacked(stored.get(name), header[names[name]]["shape"])
 
     inner, in_channels = shape("img_in.weight")
     head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
@@ -317,14 +276,16 @@ def fill(
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
     """
     check_tensors(model, source)
-    wanted = _stored(model, source)
+    wanted, scales = _stored(model, source)
     total, done = sum(s.nbytes for s in wanted.values()), 0
     state = {}
     for name, tensor in mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
-        path, _, parameter = name.rpartition(".")
-        module = model.get_submodule(path)
+        module, parameter = _owner(model, name)
         there = tensor if wanted[name].keep else tensor.to(device)
-        if name not in source.blocks:
+        if name in source.stored:
+            beside = {what: read_now(s).to(there.device) for what, s in scales[name].items()}
+            there = for_module(module, source.stored[name], there, beside, dtype)
+        elif name not in source.blocks:
             there = there.to(dtype)
         elif not isinstance(module, PackedLinear):
             floats = dequantize(there.to(device), source.blocks[name], dtype)  # on the card, where it is fast
@@ -339,18 +300,32 @@ def fill(
     model.requires_grad_(False)
 
 
-def _stored(model: torch.nn.Module, source: TransformerSource) -> dict[str, Stored]:
-    """By the model's names, in the order in which the tensors lie in the files."""
+def _owner(model: torch.nn.Module, name: str) -> tuple[Any, str]:
+    module, _, parameter = name.rpartition(".")
+    return model.get_submodule(module), parameter
+
+
+def _stored(
+    model: torch.nn.Module, source: TransformerSource
+) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
+    """By the model's names: the tensors, in the order in which they lie in the files, and the scales of the quantized."""
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
-    found = {}
-    for name, (path, key) in source.tensors.items():
+
+    def place(path: Path, key: str, keep: bool = False) -> Stored:
         entry = headers[path][key]
-        keep = isinstance(model.get_submodule(name.rpartition(".")[0]), StaysInRam)
-        kind = source.blocks.get(name)
+        kind = BLOCK_TYPES.get(entry["dtype"])
         shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
-        dtype = torch.uint8 if kind is not None else FLOAT_DTYPES[entry["dtype"]]
-        found[name] = Stored(key, path, entry["data_offsets"][0], shape, dtype, keep)
-    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset)))
+        dtype = DTYPES[entry["dtype"]] if kind is None else torch.uint8
+        return Stored(key, path, entry["data_offsets"][0], shape, dtype, keep)
+
+    found, scales = {}, {}
+    for name, (path, key) in source.tensors.items():
+        found[name] = place(path, key, isinstance(_owner(model, name)[0], StaysInRam))
+        if name in source.stored:
+            weight = source.stored[name]
+            beside = dict(weight.scales) | ({SMOOTHING: weight.smoothing} if weight.smoothing is not None else {})
+            scales[name] = {what: place(path, key) for what, key in beside.items()}
+    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset))), scales
 
 
 def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
@@ -365,8 +340,10 @@ def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
             expected[f"{name}.weight"] = torch.Size((module.out_features, module.in_features))
     check_names(source.label, expected.keys(), source.tensors.keys())
     headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
-    for name, (path, stored) in source.tensors.items():
-        _check_shape(source.label, name, headers[path][stored]["shape"], expected[name])
+    for name, (path, key) in source.tensors.items():
+        weight, shape = source.stored.get(name), expected[name]
+        wanted = shape if weight is None else weight.stored_shape(shape)
+        _check_shape(source.label, name, headers[path][key]["shape"], wanted)
 
 
 def _check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:

@@ -7,7 +7,6 @@ a weight whose rows are no whole number of blocks is stored reshaped, with its o
 """
 
 import math
-import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -160,20 +159,3 @@ def _tensor(reader: _Reader, metadata: dict[str, Any]) -> tuple[str, str, list[i
     if not sizes or math.prod(shape) != math.prod(stored):
         raise _Unusable(f"the shape {shape} that its metadata gives the tensor {name} is not that of {stored} values")
     return name, dtype, list(shape), offset, math.prod(stored) // values * nbytes
-
-
-def guess_version(path: Path) -> tuple[bool, str]:
-    """Whether a file without ComfyUI's marker tensor, which converters drop, is 2511: if its metadata (``general.name``
-    and the like) or its own name says so. And a sentence about that.
-
-    Raises:
-        ValueError: as ``read_gguf_header``.
-    """
-    _, metadata = read_gguf_header(path)
-    names = [value for key, value in metadata.items() if key.startswith("general.") and isinstance(value, str)]
-    if any(re.search(r"(?<!\d)2511(?!\d)", name) for name in (*names, path.name)):  # not a date
-        return True, "Version 2511, because the file calls itself so; model_version overrides it."
-    return (
-        False,
-        "Warning: this file says nowhere that it is 2511, so it runs as 2509. If it is 2511, set model_version.",
-    )

@@ -6,7 +6,7 @@ result as low-rank terms, so no weight is ever touched.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +20,15 @@ from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul
 
 @dataclass(frozen=True)
 class LowRank:
-    """An adapter on one linear: adds ``scale * (x A^T) B^T``. ``a`` is ``[r, in]``, ``b`` ``[out, r]``."""
+    """An adapter on one linear: adds ``scale * (x A^T) B^T``. ``a`` is ``[r, in]``, ``b`` ``[out, r]``.
+
+    What is derived from both is kept in ``derived``, which belongs to their owner and is emptied with them.
+    """
 
     a: torch.Tensor
     b: torch.Tensor
     scale: float
+    derived: dict = field(default_factory=dict, compare=False, repr=False)
 
 
 # Active adapters by the linear that they add to.
@@ -65,11 +69,21 @@ RESIDENT = Resident()
 
 
 @dataclass(frozen=True)
+class Channels:
+    """Adapters as input channels of a product: ``gain * (x @ down.T)`` goes behind x, and the weight has columns for it
+    (see ``extra_channels.py``). ``down`` ``[R, K]`` in the rows' dtype, ``gain`` ``[R]`` in float32."""
+
+    down: torch.Tensor
+    gain: torch.Tensor
+
+
+@dataclass(frozen=True)
 class Operand:
     """A linear, or several that share their input, ready to be multiplied with.
 
     ``weight`` ``[N, K]``; ``scale`` ``[N, 1]`` where it is quantized; without a weight the modules are called. ``widths``
-    are the modules' output features, which lie side by side in the result.
+    are the modules' output features, which lie side by side in the result. With ``channels`` the weight's rows go on behind
+    their K columns.
     """
 
     modules: tuple[nn.Module, ...]
@@ -77,6 +91,12 @@ class Operand:
     weight: torch.Tensor | None
     scale: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+    channels: Channels | None = None
+
+    @property
+    def room(self) -> int:
+        """How many columns the rows need behind them."""
+        return 0 if self.channels is None else len(self.channels.gain)
 
     @property
     def prologue(self) -> torch.dtype | None:
@@ -113,25 +133,27 @@ def packed(operands: Sequence[Operand]) -> Operand | None:
     columns = list(zip(*((o.weight, o.scale, o.bias) for o in operands), strict=True))
     if any(o.weight is None for o in operands) or any(len({p is None for p in column}) > 1 for column in columns):
         return None
-    joined = [None if column[0] is None else _joined(column) for column in columns]
-    if any(j is None and column[0] is not None for j, column in zip(joined, columns, strict=True)):
+    weight, scale, bias = (None if column[0] is None else _joined(column) for column in columns)
+    if any(j is None and column[0] is not None for j, column in zip((weight, scale, bias), columns, strict=True)):
         return None
     modules = tuple(m for o in operands for m in o.modules)
-    return Operand(modules, tuple(w for o in operands for w in o.widths), *joined)
+    return Operand(modules, tuple(w for o in operands for w in o.widths), weight, scale, bias)
 
 
 def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
+    """The tensor ``[N, ...]`` of which the parts are the rows in this order, if there is one."""
     first = parts[0]
-    at = first.data_ptr()
+    row = first.stride(0)
+    dense = first.shape[1:].numel() if first.ndim > 1 else 1
+    at = first.storage_offset()
+    storage = first.untyped_storage().data_ptr()
     for part in parts:
-        if part.data_ptr() != at or part.dtype != first.dtype or not part.is_contiguous():
+        if part.untyped_storage().data_ptr() != storage or part.storage_offset() != at or part.dtype != first.dtype:
             return None
-        at += part.nbytes
-    rows = sum(p.shape[0] for p in parts)
-    held = first.untyped_storage().nbytes() - first.storage_offset() * first.element_size()
-    if held < at - first.data_ptr():  # neighbours by chance
-        return None
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
+        if part.stride() != first.stride() or row < dense or (part.ndim > 1 and part.stride(-1) != 1):
+            return None
+        at += len(part) * row
+    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
 
 
 def pack(linears: Sequence[Any]) -> None:
@@ -151,12 +173,20 @@ def pack(linears: Sequence[Any]) -> None:
         for module, d, s in zip(linears, data, scale, strict=True):
             replace_parts(module.weight, d, s)
     elif not any(isinstance(w, QuantizedTensor) for w in weights):
-        for module, view in zip(linears, _side_by_side([w.data for w in weights]), strict=True):
-            module.weight.data = view
+        put_weights(linears, _side_by_side([w.data for w in weights]))
     else:
         return
     for module, view in zip(linears, _side_by_side([m.bias.data for m in linears]), strict=True):
         module.bias.data = view
+
+
+def put_weights(linears: Sequence[Any], weights: Sequence[torch.Tensor]) -> None:
+    """Give linears equal weights (of quantized ones: the data) that lie elsewhere in memory."""
+    for module, weight in zip(linears, weights, strict=True):
+        if isinstance(module.weight, QuantizedTensor):
+            replace_parts(module.weight, weight, module.weight._params.scale)
+        else:
+            module.weight.data = weight
 
 
 def _side_by_side(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -166,37 +196,55 @@ def _side_by_side(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
 
 
 def multiply(
-    op: Operand, rows: Rows, dtype: torch.dtype, adapters: Adapters, out: torch.Tensor | None = None
+    op: Operand,
+    rows: Rows,
+    dtype: torch.dtype,
+    adapters: Adapters,
+    kernels: FusedKernels,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``rows @ weight.T + bias`` plus the adapters' terms, ``[M, N]`` in ``dtype``.
 
     Args:
         out: ``[M, N]`` contiguous, to write into.
     """
+    op, x, in_channels = _with_channels(op, rows, kernels)
     if op.weight is None:
         (module,) = op.modules
         y = module(rows.unquantized)
         y = y if out is None else out.copy_(y)
     elif op.scale is None:
-        y = _plain(op, rows.unquantized, out)
+        y = _plain(op, x, out)
     else:
         assert rows.scale is not None, "the prologue did not quantize these rows"
-        y = quantized_matmul(rows.data, rows.scale, op.weight, op.scale, op.bias, dtype, out)
-    if adapters:
+        y = quantized_matmul(x, rows.scale, op.weight, op.scale, op.bias, dtype, out)
+    if adapters and not in_channels:
         for module, part in zip(op.modules, y.split(op.widths, dim=1), strict=True):
             low_rank(part, rows.unquantized if module in adapters else rows.data, adapters.get(module, ()))
     return y
+
+
+def _with_channels(op: Operand, rows: Rows, kernels: FusedKernels) -> tuple[Operand, torch.Tensor, bool]:
+    """Weight and rows with the adapters' channels behind them, if both have room; and whether they have."""
+    if op.channels is None or op.weight is None or rows.room < op.room:
+        return op, rows.data if op.scale is not None else rows.unquantized, False
+    x = kernels.append_low_rank(rows.data, op.channels.down, op.channels.gain)
+    weight = op.weight.as_strided((len(op.weight), x.shape[1]), op.weight.stride())
+    return replace(op, weight=weight), x, True
 
 
 def multiply_gelu(
     op: Operand, rows: Rows, dtype: torch.dtype, adapters: Adapters, kernels: FusedKernels, **prologue
 ) -> Rows:
     """The linear before a GELU and the GELU, as rows for the linear after it."""
-    fusable = rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32
-    if fusable and op.weight is not None and op.scale is None and op.bias is not None and op.modules[0] not in adapters:
+    in_half = rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32
+    added = op.modules[0] in adapters and op.channels is None  # something is still to be added to the result
+    if in_half and op.weight is not None and op.bias is not None and op.scale is None and not added:
+        whole, x, _ = _with_channels(op, rows, kernels)
+        assert whole.weight is not None
         # cuBLASLt's epilogue, which is the tanh form
-        return Rows(torch._addmm_activation(op.bias, rows.data, op.weight.t(), use_gelu=True))
-    return kernels.gelu(multiply(op, rows, dtype, adapters), **prologue)
+        return Rows(torch._addmm_activation(op.bias, x, whole.weight.t(), use_gelu=True))
+    return kernels.gelu(multiply(op, rows, dtype, adapters, kernels), **prologue)
 
 
 def _plain(op: Operand, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:

@@ -5,6 +5,7 @@ reference latents alike (``VaeImageProcessor.resize``). ComfyUI's IMAGE is float
 first, so that both see the same pixels.
 """
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -17,9 +18,8 @@ def to_pil(image: torch.Tensor) -> Image.Image:
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """8-bit RGB -> ``[1, H, W, 3]`` float32 in [0, 1]."""
-    # bytearray copies: a tensor over PIL's own buffer would be read-only
-    pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-    return pixels.view(1, picture.height, picture.width, 3).float() / 255
+    # np.array copies: a tensor over PIL's own buffer would be read-only
+    return torch.from_numpy(np.array(picture)).unsqueeze(0).float().div_(255)
 
 
 def resize(picture: Image.Image, width: int, height: int) -> Image.Image:

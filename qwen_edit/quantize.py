@@ -99,9 +99,11 @@ class QuantizedLinear(nn.Linear):
     """A linear whose weight is to be, or is, quantized, under the usual names.
 
     ``convert_weight`` and ``set_weight`` are how a patcher edits it: a float copy out, requantized back in.
+    ``stored_nbytes`` is the weight's size where it keeps the form of its file (see ``stored_weights``).
     """
 
     form: str
+    stored_nbytes: int | None = None
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_) -> torch.Tensor:
         return weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
@@ -182,7 +184,7 @@ def prepare(model: nn.Module, form: str | None) -> None:
 def drop_weights(model: nn.Module, dtype: torch.dtype) -> None:
     """Put the model back on meta, as ``prepare`` left it: what was quantized awaits weights of ``dtype`` again."""
     for module in model.modules():
-        if isinstance(module, QuantizedLinear):
+        if isinstance(module, nn.Linear) and isinstance(module.weight, QuantizedTensor):
             weight = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
             module.weight = nn.Parameter(weight, requires_grad=False)
     nn.Module.to(model, "meta")
@@ -199,14 +201,18 @@ def stored_bytes(model: nn.Module) -> int:
         if isinstance(module, StaysInRam):
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            to_come = isinstance(module, QuantizedLinear) and name == "weight" and parameter.is_meta
-            total += round(parameter.numel() * 2 * SHARE[module.form]) if to_come else parameter.nbytes
+            if not isinstance(module, QuantizedLinear) or name != "weight":
+                total += parameter.nbytes
+            elif module.stored_nbytes is not None:
+                total += module.stored_nbytes
+            else:
+                total += round(parameter.numel() * 2 * SHARE[module.form]) if parameter.is_meta else parameter.nbytes
     return total
 
 
 def in_its_form(module: Any, parameter: str, tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor that was read for ``module``, quantized if that is how the module keeps it."""
-    wanted = isinstance(module, QuantizedLinear) and parameter == "weight"
+    """A tensor that was read for ``module``, quantized if that is how the module keeps it and it is not yet."""
+    wanted = isinstance(module, QuantizedLinear) and parameter == "weight" and not isinstance(tensor, QuantizedTensor)
     return quantize_weight(tensor, module.form) if wanted else tensor
 
 

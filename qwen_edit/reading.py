@@ -80,6 +80,11 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
                 torch._C._host_emptyCache()
 
 
+def read_now(stored: Stored) -> torch.Tensor:
+    """One small tensor, in memory of its own."""
+    return _read(stored, torch.empty(stored.nbytes, dtype=torch.uint8))
+
+
 def _read(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:
     view: Any = memoryview(buffer.numpy().data)[: stored.nbytes]
     done = 0

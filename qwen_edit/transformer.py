@@ -16,14 +16,17 @@ names.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.transformer_qwenimage import QwenImageTransformer2DModel
 
 from .attention import Attend, KernelChoice, resolve
-from .kernels import REFERENCE, FusedKernels, Modulation, Update, resolve_kernels
+from .extra_channels import ExtraChannels
+from .kernels import REFERENCE, FusedKernels, Modulation, Rows, Update, resolve_kernels
 from .linear import (
+    NO_ADAPTERS,
     RESIDENT,
     Adapters,
     LowRank,
@@ -39,6 +42,7 @@ from .linear import (
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
 from .rope import Grid, Positions, rope_table
+from .side_stream import ONE_STREAM, OneStream, SideStream, side_stream
 
 __all__ = ["Forward", "LowRank", "QwenEditTransformer", "denoise"]
 
@@ -54,8 +58,11 @@ class Forward:
         kernels: the fused operations, see ``kernels``.
         weights: where weights are read from.
         adapters: active LoRAs.
+        channels: owner of the weights' spare columns, in which adapters go through the products; None: they are added to
+            the results.
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
+        two_streams: whether the text may run beside the picture, see ``side_stream.py``.
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
     """
 
@@ -63,8 +70,10 @@ class Forward:
     kernels: FusedKernels = REFERENCE
     weights: WeightReader = RESIDENT
     adapters: Adapters = field(default_factory=dict)
+    channels: ExtraChannels | None = None
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
+    two_streams: bool = True
     mlp_rows: int | None = None
 
     def operands(self, *modules) -> list[Operand]:
@@ -72,15 +81,21 @@ class Forward:
         if (unpacked := unpacked_operand(modules)) is not None:
             return [unpacked]
         operands = [operand(self.weights, m) for m in modules]
-        joined = packed(operands) if len(operands) > 1 else None
-        return operands if joined is None else [joined]
+        joined = packed(operands) if len(operands) > 1 else operands[0]
+        if joined is None:
+            return operands
+        return [joined if self.channels is None else self.channels.extended(joined, self.adapters)]
 
-    def prologue(self, operands: Sequence[Operand]) -> dict[str, object]:
+    def prologue(self, operands: Sequence[Operand]) -> dict[str, Any]:
         """What the operation before these linears has to produce for them."""
         wanted = {o.prologue for o in operands}
         quantize = next((p for p in wanted if p is not None), None)
-        full = len(wanted) > 1 or any(m in self.adapters for o in operands for m in o.modules)
-        return {"quantize": quantize, "keep": quantize is not None and full}
+        added = any(m in self.adapters for o in operands if o.channels is None for m in o.modules)
+        keep = quantize is not None and (len(wanted) > 1 or added)
+        return {"quantize": quantize, "keep": keep, "room": max(o.room for o in operands)}
+
+    def multiply(self, op: Operand, rows: Rows, dtype: torch.dtype, out: torch.Tensor | None = None) -> torch.Tensor:
+        return multiply(op, rows, dtype, self.adapters, self.kernels, out)
 
     def plain(self, module, x: torch.Tensor) -> torch.Tensor:
         """A linear outside the blocks, ``[..., in]`` -> ``[..., out]``."""
@@ -114,10 +129,10 @@ def _project(forward: Forward, stream: Stream, norm, modulation, linears, norms,
     if len(operands) == 1:
         # one item's part of the buffer is contiguous, so the product writes there and the rest happens in place
         target = out.view(tokens, -1) if batch == 1 else None
-        qkv = multiply(operands[0], rows, dtype, forward.adapters, target).view(batch, tokens, 3, heads, dim)
+        qkv = forward.multiply(operands[0], rows, dtype, target).view(batch, tokens, 3, heads, dim)
         q, k, v = qkv.unbind(2)
     else:
-        each = (multiply(o, rows, dtype, forward.adapters) for o in operands)
+        each = (forward.multiply(o, rows, dtype) for o in operands)
         q, k, v = (y.view(batch, tokens, heads, dim) for y in each)
     weight_q, weight_k = ((forward.weights.read(m) or (m.weight, None))[0] for m in norms)
     forward.kernels.qk_norm_rope(q, k, v, weight_q, weight_k, rope, out, eps=norms[0].eps)
@@ -127,8 +142,8 @@ def _multiply_one(forward: Forward, module, x: torch.Tensor, dtype: torch.dtype)
     """A linear whose input no kernel of ours has written."""
     operands = forward.operands(module)
     prologue = forward.prologue(operands)
-    rows = forward.kernels.quantize_rows(x, prologue["quantize"], keep=prologue["keep"])
-    return multiply(operands[0], rows, dtype, forward.adapters)
+    rows = forward.kernels.quantize_rows(x, prologue["quantize"], keep=prologue["keep"], room=prologue["room"])
+    return forward.multiply(operands[0], rows, dtype)
 
 
 def _mlp(forward: Forward, stream: Stream, norm, mlp, modulation: Modulation) -> None:
@@ -138,7 +153,7 @@ def _mlp(forward: Forward, stream: Stream, norm, mlp, modulation: Modulation) ->
     out = torch.empty((rows.data.shape[0], down.widths[0]), dtype=dtype, device=rows.data.device)
     for part, target in zip(rows.split(forward.mlp_rows), out.split(forward.mlp_rows or len(out)), strict=True):
         hidden = multiply_gelu(up, part, dtype, forward.adapters, forward.kernels, **forward.prologue([down]))
-        multiply(down, hidden, dtype, forward.adapters, target)
+        forward.multiply(down, hidden, dtype, target)
     stream.add(out, modulation)
 
 
@@ -150,6 +165,7 @@ def block_forward(
     modulations: Callable[[int], tuple[Modulation, Modulation]],
     rope: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
+    beside: SideStream | OneStream = ONE_STREAM,
     output_tokens: int | None = None,
 ) -> None:
     """One double-stream block; both streams are changed.
@@ -157,6 +173,7 @@ def block_forward(
     Args:
         modulations: of a stream (``IMAGE`` or ``TEXT``), around attention and around the MLP.
         rope: the rotary tables ``[2, L, D / 2]`` of both streams.
+        beside: where the text's part runs.
         output_tokens: in the last block: only these leave it, so nothing else is computed after the keys and values.
     """
     attn = block.attn
@@ -170,8 +187,10 @@ def block_forward(
     text_norms = (attn.norm_added_q, attn.norm_added_k)
     image_linears, image_norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
     into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:]
-    _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
+    with beside():
+        _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
     _project(forward, image, block.img_norm1, image_first, image_linears, image_norms, rope[IMAGE], into_image)
+    beside.join()
     q, k, v = joint.unbind(2)
     if output_tokens is not None:
         image.x = image.x[:, :output_tokens]
@@ -179,12 +198,12 @@ def block_forward(
     else:
         out = forward.attend(q, k, v, mask).flatten(2)
         text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
-        text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
+        with beside():
+            text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
+            _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
     image.add(_multiply_one(forward, attn.to_out[0], image_out.flatten(0, 1), image.x.dtype), image_first)
-
     _mlp(forward, image, block.img_norm2, block.img_mlp, image_second)
-    if output_tokens is None:
-        _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
+    beside.join()
 
 
 def denoise(
@@ -232,15 +251,19 @@ def denoise(
         mask = torch.cat([text_mask.bool(), every_image_token], dim=1)[:, None, None, :]
 
     last = len(model.transformer_blocks) - 1
-    for index, block in enumerate(model.transformer_blocks):
-        if forward.before_block is not None:
-            forward.before_block(index)
-        modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
-        block_forward(
-            forward, block, image, encoded, modulations, (image_rope, text_rope), mask,
-            output_tokens if index == last else None,
-        )  # fmt: skip
-        forward.weights.release()
+    beside = side_stream(image.x.device, image.x.shape[1]) if forward.two_streams else ONE_STREAM
+    try:
+        for index, block in enumerate(model.transformer_blocks):
+            if forward.before_block is not None:
+                forward.before_block(index)
+            modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
+            block_forward(
+                forward, block, image, encoded, modulations, (image_rope, text_rope), mask, beside,
+                output_tokens if index == last else None,
+            )  # fmt: skip
+            forward.weights.release()
+    finally:
+        beside.join()  # cancelled: what runs beside still writes into memory that is about to be let go
 
     final = Modulation(table.final, rows, output_tokens)
     normalized = image.normalized(forward, model.norm_out.norm, final)
@@ -268,12 +291,15 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
 
     Weights, names and configuration are diffusers'. ``attention`` and ``kernels`` may be set; by default they are
     resolved from the device on the first call. Setting ``modulation`` to a ``ModulationCache`` keeps the modulation of
-    timesteps seen before; the weights must then stay as they are.
+    timesteps seen before; the weights must then stay as they are. ``adapters`` are the active LoRAs; with ``channels``
+    they cost less, and the weights' memory becomes larger by their size.
     """
 
     attention: KernelChoice | None = None
     kernels: FusedKernels | None = None
     modulation: ModulationCache | None = None
+    adapters: Adapters = NO_ADAPTERS
+    channels: ExtraChannels | None = None
 
     def forward(
         self,
@@ -310,7 +336,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             timestep.to(dtype),  # as diffusers rounds it
             encoder_hidden_states,
             tuple((rows, columns) for _, rows, columns in img_shapes[0]),
-            Forward(self.attention.attend, self.kernels),
+            Forward(self.attention.attend, self.kernels, adapters=self.adapters, channels=self.channels),
             axes_dims=tuple(self.config.axes_dims_rope),
             zero_cond_t=self.config.zero_cond_t,
             text_mask=encoder_hidden_states_mask,

@@ -139,13 +139,6 @@ def test_other_architectures_are_named(tmp_path, key, found):
         transformer_from_file(tmp_path / "other.safetensors")
 
 
-def test_a_quantized_file_is_refused(tmp_path, state):
-    stored = {k: v.to(torch.float8_e4m3fn) if k.endswith("to_q.weight") else v for k, v in state.items()}
-    save_file(stored, tmp_path / "fp8.safetensors")
-    with pytest.raises(ValueError, match=r"2 tensors in F8_E4M3"):
-        transformer_from_file(tmp_path / "fp8.safetensors")
-
-
 def test_folders(tmp_path, state):
     folder = tmp_path / "edit"
     (folder / "transformer").mkdir(parents=True)

@@ -164,7 +164,7 @@ def test_sizes(tmp_path, state, packed):
 
 def test_read_ahead_gives_what_the_mapped_file_has(tmp_path, packed):
     source = transformer_from_file(tmp_path / "model-2511.gguf")
-    wanted = _stored(packed, source)
+    wanted, _ = _stored(packed, source)
     in_file = dict(mapped(wanted))
     assert in_file.keys() == source.tensors.keys()
     for name, tensor in read_ahead(wanted, pinned=False):
@@ -225,25 +225,24 @@ def test_a_patcher_gets_floats(packed):
 
 
 @pytest.mark.parametrize(
-    ("file", "name", "marked", "version", "said"),
+    ("file", "name", "marked", "version", "by"),
     [
-        ("qwen-image-edit-2511-Q8_0.gguf", None, False, True, "calls itself so"),
-        ("model.gguf", "Qwen Image Edit 2511", False, True, "calls itself so"),
-        ("model.gguf", None, True, True, None),
-        ("qwen-image-edit-2509-Q8_0.gguf", None, False, False, "says nowhere that it is 2511"),
-        ("mix-20251103.gguf", None, False, False, "says nowhere that it is 2511"),
+        ("qwen-image-edit-2511-Q8_0.gguf", None, False, True, "the file's name"),
+        ("model.gguf", "Qwen Image Edit 2511", False, True, "the file's metadata"),
+        ("model.gguf", None, True, True, "the file's mark"),
+        ("qwen-image-edit-2509-Q8_0.gguf", None, False, False, "the file's name"),
+        ("mix-20251103.gguf", None, False, False, None),
     ],
 )
-def test_the_version(tmp_path, state, file, name, marked, version, said):
+def test_the_version(tmp_path, state, file, name, marked, version, by):
     stored = dict(state) | ({ZERO_COND_MARKER: torch.zeros(1)} if marked else {})
     gguf_files.write(tmp_path / file, stored, weights_as("Q8_0"), name=name)
     source = transformer_from_file(tmp_path / file)
     assert source.config["zero_cond_t"] is version
-    assert source.version_note is None if said is None else said in source.version_note
+    assert source.version_by == by
     for chosen in (True, False):
         source = transformer_from_file(tmp_path / file, chosen)
         assert source.config["zero_cond_t"] is chosen
-        assert source.version_note is None
 
 
 # Files that are no good

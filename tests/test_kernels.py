@@ -4,6 +4,8 @@ The Triton kernels run on a card, or without one in Triton's interpreter (see ``
 where a card rounds them. Memory that an operation allocates starts as NaN, so that what it leaves unwritten shows.
 """
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -219,6 +221,46 @@ def test_a_row_of_zeros_stays_zero(module, randn, quantize):
     nothing = Modulation(torch.zeros(1, 3 * CHANNELS, device=DEVICE), torch.zeros(2, 1, dtype=int, device=DEVICE), 1)
     rows = module.norm_modulate(torch.zeros(1, 2, CHANNELS, device=DEVICE), nothing, eps=EPS, quantize=quantize)
     assert (dequantized(rows) == 0).all()
+
+
+@both
+@pytest.mark.parametrize("room", [1, 48, 200])
+@pytest.mark.parametrize("quantize", [None, FP8, INT8])
+def test_room_behind_each_row(module, randn, quantize, room):
+    x, table = randn(1, 5, CHANNELS), modulation(randn, 2)
+    each = [partial(module.norm_modulate, x, table, eps=EPS), partial(module.gelu, x[0])]
+    if quantize is not None:
+        each.append(partial(module.quantize_rows, x[0], quantize))
+    for operation in each:
+        options = {} if operation.func is module.quantize_rows else {"quantize": quantize}
+        dense, rows = operation(**options), operation(**options, room=room)
+        assert (dense.room, rows.room) == (0, room)
+        assert torch.equal(rows.data, dense.data)
+        assert rows.data.stride(0) % 128 == 0
+        held = rows.data.untyped_storage().nbytes() // rows.data.element_size()
+        assert held - 4 * rows.data.stride(0) >= CHANNELS + room
+        assert rows.scale is None or torch.equal(rows.scale, dense.scale)
+
+
+@both
+@pytest.mark.parametrize("rank", [16, 48, 128])
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16, FP8])
+def test_append_low_rank(module, randn, dtype, rank):
+    if module is fused and dtype == BF16 and not CARD:
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as whole numbers")
+    width, count = 200, 37
+    rows = randn(count, 384).to(dtype)[:, :width]
+    x = rows.clone().double()
+    down, gain = randn(rank, width).to(dtype), randn(rank)
+    gain[0] = 0
+    if dtype == FP8:
+        gain[1] = 1e6  # too large for it
+    got = module.append_low_rank(rows, down, gain)
+    assert torch.equal(got[:, :width].double(), x), "the rows themselves stay"
+    expected = x @ down.double().T * gain
+    if dtype == FP8:
+        expected = expected.clamp(-448, 448)
+    assert error(got[:, width:].double(), expected) < max(LOOSER.get((module, dtype), 0), BOUNDS[dtype])
 
 
 # qk_norm_rope

@@ -73,7 +73,7 @@ def product(x: torch.Tensor, *modules, adapters=NO_ADAPTERS) -> torch.Tensor:
     operands = forward.operands(*modules)
     prologue = forward.prologue(operands)
     rows = REFERENCE.quantize_rows(x, prologue["quantize"], keep=prologue["keep"])
-    return torch.cat([multiply(o, rows, x.dtype, adapters) for o in operands], dim=1)
+    return torch.cat([multiply(o, rows, x.dtype, adapters, REFERENCE) for o in operands], dim=1)
 
 
 def joint(modules) -> Operand | None:
@@ -203,10 +203,10 @@ def test_multiply_writes_into_out(x, form, bias):
     op = operand(RESIDENT, module)
     rows = REFERENCE.quantize_rows(x, op.prologue)
     out = torch.full((TOKENS, OUT), torch.nan)
-    y = multiply(op, rows, torch.float32, NO_ADAPTERS, out)
+    y = multiply(op, rows, torch.float32, NO_ADAPTERS, REFERENCE, out)
     assert y.data_ptr() == out.data_ptr()
     assert error(out, exact(x, module)) < BOUNDS[form]
-    assert torch.equal(out, multiply(op, rows, torch.float32, NO_ADAPTERS))
+    assert torch.equal(out, multiply(op, rows, torch.float32, NO_ADAPTERS, REFERENCE))
 
 
 @pytest.mark.parametrize("form", [*FORMS, "w4a4"])
@@ -231,7 +231,7 @@ def test_an_adapter_is_added_in_out_too(x):
         adapters = {module: [adapter()]}
         op = operand(RESIDENT, module)
         out = torch.full((TOKENS, OUT), torch.nan)
-        multiply(op, REFERENCE.quantize_rows(x, op.prologue, keep=True), x.dtype, adapters, out)
+        multiply(op, REFERENCE.quantize_rows(x, op.prologue, keep=True), x.dtype, adapters, REFERENCE, out)
         assert error(out, exact(x, module, adapters=adapters)) < BOUNDS[form]
 
 
@@ -249,7 +249,7 @@ def test_4_bit_weights_go_through_their_librarys_product(x):
     module = linear("w4a4")
     op = operand(RESIDENT, module)
     assert (op.weight, op.prologue) == (None, None)
-    y = multiply(op, Rows(x), x.dtype, NO_ADAPTERS)
+    y = multiply(op, Rows(x), x.dtype, NO_ADAPTERS, REFERENCE)
     assert torch.equal(y, F.linear(x, module.weight, module.bias))
     weights_only = error(F.linear(x, module.weight.dequantize(), module.bias), exact(x, module))
     assert weights_only < 1e-6 < 0.01 < error(y, exact(x, module))  # its activations are of 4 bit too
@@ -308,7 +308,7 @@ def test_a_module_that_somebody_changed_is_called(attention, x, form, change):
     torch.testing.assert_close(torch.cat([q, v], 1), before[:, [*range(OUT), *range(2 * OUT, 3 * OUT)]])
     assert error(k, expected(before[:, OUT : 2 * OUT], attn["k"].bias).double()) < (BOUNDS | {"w4a4": 0.2})[form] + 1e-6
     out = torch.full((TOKENS, OUT), torch.nan)
-    assert multiply(operand(RESIDENT, attn["k"]), Rows(x), x.dtype, NO_ADAPTERS, out) is out
+    assert multiply(operand(RESIDENT, attn["k"]), Rows(x), x.dtype, NO_ADAPTERS, REFERENCE, out) is out
     torch.testing.assert_close(out, k)
 
 

@@ -9,13 +9,12 @@ import comfy.hooks
 import comfy.model_management
 import comfy.sd
 import torch
-from comfy.text_encoders.qwen_image import QwenImageTEModel
 
 from ...qwen_edit.checkpoints import read_config, read_header, weight_files
 from ...qwen_edit.errors import WEIGHTS
 from ...qwen_edit.pictures import to_pil
 from ...qwen_edit.text_encoder import FolderTextEncoder, PreparedPictures, encode
-from .memory import ShellPatcher
+from .memory import ShellPatcher, still_loaded
 
 OFFLOAD_AFTER_USE = "qwen_edit_offload_after_use"  # attachment on the patcher: leave the card after encoding
 
@@ -132,37 +131,8 @@ def shared_pictures(clip: comfy.sd.CLIP, images: Sequence[torch.Tensor]) -> Any:
 
 
 @contextmanager
-def vision_once(clip: comfy.sd.CLIP) -> Iterator[None]:
-    """While this is open, ComfyUI's own text encoder in ``clip`` looks at each picture once, whatever the prompts.
-
-    ComfyUI runs the vision tower from ``preprocess_embed`` of the encoder's module, once for each prompt and picture.
-    This puts a method that remembers in its place, on this one module, and takes it away at the end. The encoder of a
-    folder needs it not (see ``shared_pictures``); another kind, or a method that another pack has put there, is left
-    as it is.
-    """
-    model = clip.cond_stage_model
-    transformer = getattr(model, model.clip).transformer if isinstance(model, QwenImageTEModel) else None
-    if transformer is None or "preprocess_embed" in vars(transformer):
-        yield
-        return
-    look, seen = transformer.preprocess_embed, {}
-
-    def look_once(embed, device):
-        picture = embed["data"]
-        if id(picture) not in seen:
-            seen[id(picture)] = picture, look(embed, device)  # with the picture, so that its id stays its own
-        return seen[id(picture)][1]
-
-    transformer.preprocess_embed = look_once
-    try:
-        yield
-    finally:
-        del transformer.preprocess_embed
-
-
-@contextmanager
 def loaded_once(clip: comfy.sd.CLIP) -> Iterator[None]:
-    """While this is open, only the first prompt asks ComfyUI to load the encoder, which costs as much as encoding one.
+    """While this is open, at most the first prompt asks ComfyUI to load the encoder, which costs as much as encoding one.
 
     Nothing else may use the card meanwhile. Encoders with hooks load differently for each prompt and are left alone.
     """
@@ -173,7 +143,7 @@ def loaded_once(clip: comfy.sd.CLIP) -> Iterator[None]:
 
     def load_first_time(tokens={}):  # noqa: B006 (ComfyUI's signature)
         if not loaded:
-            loaded.append(load(tokens))
+            loaded.append(clip.patcher if still_loaded(clip.patcher) else load(tokens))
         return loaded[0]
 
     clip.load_model = load_first_time

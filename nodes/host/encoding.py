@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
-from .clip import leave_card, loaded_once, shared_pictures, vision_once
+from .clip import leave_card, shared_pictures
+from .prompts import Seen, encode_prompts
 
 __all__ = [
     "MAX_PICTURES",
@@ -94,6 +96,7 @@ class Encoder:
         self.clip, self.vae = clip, vae
         self._now: dict[Hashable, Any] = {}
         self._before: dict[Hashable, Any] = {}
+        self._seen: Seen = {}  # by the encoder's vision tower
 
     def encode(self, edit: Edit) -> tuple[list, list, dict, list[str]]:
         """Positive and negative conditioning, an empty LATENT, and notes for the node.
@@ -105,25 +108,32 @@ class Encoder:
             ValueError: a size that the model can't take, or a picture without pixels.
         """
         self._before, self._now = self._now, {}
+        held = {id(result) for result in self._before.values()}
+        self._seen = {picture: features for picture, features in self._seen.items() if picture in held}
         sizes = [self._once(self._original, picture).size for picture in edit.pictures]
         width, height, notes = output_size(edit.width, edit.height, sizes[0])
         if len(sizes) > TESTED_PICTURES:
             notes.append(f"Warning: {len(sizes)} pictures; the model was trained with up to {TESTED_PICTURES}.")
 
         references = []
-        for number, (picture, own) in enumerate(zip(edit.pictures, sizes, strict=True)):
-            size = reference_size(edit.reference_size, number, own[0] / own[1], width, height)
-            references.append(self._once(self._reference, picture, size))
-            if size != own:
-                notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
+        with ThreadPoolExecutor(1) as beside:
+            # resized for the text encoder while this thread waits for the VAE
+            beside.submit(lambda: [self._once(self._small, picture) for picture in edit.pictures])
+            for number, (picture, own) in enumerate(zip(edit.pictures, sizes, strict=True)):
+                size = reference_size(edit.reference_size, number, own[0] / own[1], width, height)
+                references.append(self._once(self._reference, picture, size))
+                if size != own:
+                    notes.append(f"Picture {number + 1}: {own[0]}×{own[1]} → {size[0]}×{size[1]}")
 
-        conditionings = []
-        with vision_once(self.clip), loaded_once(self.clip):
-            for text in (edit.prompt, edit.negative):
-                plain, said = as_plain_text(text)
-                notes += said
-                encoded = self._once(self._conditioning, plain, *edit.pictures)
-                conditionings.append(node_helpers.conditioning_set_values(encoded, {"reference_latents": references}))
+        texts = []
+        for text in (edit.prompt, edit.negative):
+            plain, said = as_plain_text(text)
+            texts.append(plain)
+            notes += said
+        conditionings = [
+            node_helpers.conditioning_set_values(encoded, {"reference_latents": references})
+            for encoded in self._conditionings(texts, edit.pictures)
+        ]
         device = comfy.model_management.intermediate_device()
         samples = torch.zeros([1, 16, 1, height // 8, width // 8], device=device)
         return (
@@ -135,9 +145,14 @@ class Encoder:
 
     def _once(self, make: Callable[..., Any], *given: Hashable) -> Any:
         key = (make.__name__, *given)  # tensors hash by identity, and the key keeps them alive
-        if key not in self._now:
-            self._now[key] = self._before[key] if key in self._before else make(*given)
+        if not self._has(key):
+            self._now[key] = make(*given)
         return self._now[key]
+
+    def _has(self, key: Hashable) -> bool:
+        if key not in self._now and key in self._before:
+            self._now[key] = self._before[key]
+        return key in self._now
 
     def _original(self, picture: torch.Tensor) -> Image.Image:
         return pic.to_pil(to_rgb(picture)[0])
@@ -145,17 +160,25 @@ class Encoder:
     def _reference(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self.vae.encode(pic.to_tensor(pic.resize(self._once(self._original, picture), *size)))
 
-    def _vision(self, *pictures: torch.Tensor) -> Any:
-        images = []
-        for original in (self._once(self._original, picture) for picture in pictures):
-            size = _at_least_one(calculate_dimensions(VISION_AREA, original.width / original.height))
-            images.append(pic.to_tensor(pic.resize(original, *size)))
+    def _small(self, picture: torch.Tensor) -> torch.Tensor:
+        original = self._once(self._original, picture)
+        size = _at_least_one(calculate_dimensions(VISION_AREA, original.width / original.height))
+        return pic.to_tensor(pic.resize(original, *size))
+
+    def _vision(self, *images: torch.Tensor) -> Any:
         return shared_pictures(self.clip, images)
 
-    def _conditioning(self, text: str, *pictures: torch.Tensor) -> list:
-        images = self._once(self._vision, *pictures)
-        tokens = self.clip.tokenize(with_pictures(text, len(pictures)), images=images, llama_template=EDIT_TEMPLATE)
-        return self.clip.encode_from_tokens_scheduled(tokens)
+    def _conditionings(self, texts: Sequence[str], pictures: Sequence[torch.Tensor]) -> list[list]:
+        keys = {text: ("conditioning", text, *pictures) for text in texts}
+        new = [text for text, key in keys.items() if not self._has(key)]
+        images = self._once(self._vision, *(self._once(self._small, picture) for picture in pictures))
+        tokens = [
+            self.clip.tokenize(with_pictures(text, len(pictures)), images=images, llama_template=EDIT_TEMPLATE)
+            for text in new
+        ]
+        for text, encoded in zip(new, encode_prompts(self.clip, tokens, self._seen), strict=True):
+            self._now[keys[text]] = encoded
+        return [self._now[keys[text]] for text in texts]
 
 
 def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int, list[str]]:

@@ -20,17 +20,26 @@ DEMO_NAME = "demo (small model of this pack)"
 FROM_MODEL = "from the model folder"
 NONE = "none"
 FOLDER_PREFIX = "folder: "
+CHECKPOINT_PREFIX = "checkpoint: "
 DEMO_LORA_PREFIX = "demo: "
 GGUF_KEYS = ("diffusion_models", "unet_gguf")
 
 
 def models() -> list[str]:
-    """Diffusers folders first, then single files (safetensors, GGUF) with those that look like Qwen-Image-Edit first, the demo last."""
-    files = folder_paths.get_filename_list("diffusion_models")
-    files = [f for f in files if f.lower().endswith((".safetensors", ".sft"))] + list(_gguf_files())
-    files.sort(key=lambda name: (not _looks_like_edit(name), name.lower()))
+    """Diffusers folders first, then single files (safetensors, GGUF) with those that look like Qwen-Image-Edit first, those of
+    models/checkpoints (transformer, text encoder and VAE in one) in the same order, the demo last."""
+    files = _edits_first([*_safetensors("diffusion_models"), *_gguf_files()])
+    checkpoints = [CHECKPOINT_PREFIX + name for name in _edits_first(_safetensors("checkpoints"))]
     demo = [DEMO_NAME] if is_edit_folder(DEMO) else []
-    return [FOLDER_PREFIX + name for name in _edit_folders()] + files + demo
+    return [FOLDER_PREFIX + name for name in _edit_folders()] + files + checkpoints + demo
+
+
+def _safetensors(folder: str) -> list[str]:
+    return [f for f in folder_paths.get_filename_list(folder) if f.lower().endswith((".safetensors", ".sft"))]
+
+
+def _edits_first(files: list[str]) -> list[str]:
+    return sorted(files, key=lambda name: (not _looks_like_edit(name), name.lower()))
 
 
 def default_model() -> str | None:
@@ -69,6 +78,8 @@ def model_path(name: str) -> Path:
         return DEMO
     if name.startswith(FOLDER_PREFIX):
         return _edit_folders()[name.removeprefix(FOLDER_PREFIX)]
+    if name.startswith(CHECKPOINT_PREFIX):
+        return _file("checkpoints", name.removeprefix(CHECKPOINT_PREFIX))
     if name.lower().endswith(GGUF):
         return _gguf_files()[name]
     return _file("diffusion_models", name)

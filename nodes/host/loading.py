@@ -22,14 +22,26 @@ from ...qwen_edit.checkpoints import (
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.packed import PACKED
-from ...qwen_edit.precision import PRECISIONS, PROFILES, ROOM_FOR_ACTIVATIONS, Precision, resolve_precision
+from ...qwen_edit.precision import (
+    PRECISIONS,
+    PROFILES,
+    ROOM_FOR_ACTIVATIONS,
+    Precision,
+    keep_stored_form,
+    resolve_precision,
+)
 from ...qwen_edit.quantize import stored_bytes
+from ...qwen_edit.stored_weights import families
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .memory import Owner, ShellPatcher
 from .model import make_model
+from .prompts import ask_for_bfloat16
 from .request import OFFLOAD, VERSIONS, LoadRequest
 from .vae import load_single_vae, load_vae, statistics
+
+# Where files that hold everything have the parts besides the transformer (comfy/supported_models.py QwenImage).
+ENCODER_PREFIX, VAE_PREFIX = "text_encoders.", "vae."
 
 
 @dataclass(frozen=True)
@@ -85,17 +97,24 @@ def load(request: LoadRequest) -> Loaded:
 
 
 def _companions(request: LoadRequest, path: Path) -> tuple[Path | None, Path]:
-    """Paths of text encoder (or None) and VAE: the model's folder, or a single file."""
-    missing = [
-        what
-        for what, value in (("text encoder", request.text_encoder), ("VAE", request.vae))
-        if value == folders.FROM_MODEL and not path.is_dir()
-    ]
-    if missing:
-        raise ValueError(
-            f"{INPUT} {request.model} holds the transformer only. Choose a {' and a '.join(missing)} too (for example"
-            " qwen_2.5_vl_7b.safetensors and qwen_image_vae.safetensors)."
+    """Paths of text encoder (or None) and VAE: the model's folder or file, or a single file."""
+    from_model = {
+        what: prefix
+        for what, prefix, value in (
+            ("text encoder", ENCODER_PREFIX, request.text_encoder),
+            ("VAE", VAE_PREFIX, request.vae),
         )
+        if value == folders.FROM_MODEL
+    }
+    if from_model and not path.is_dir():
+        names = read_header(path)
+        missing = [what for what, prefix in from_model.items() if not any(name.startswith(prefix) for name in names)]
+        if missing:
+            held = [f"a {what}" for what in from_model if what not in missing]
+            raise ValueError(
+                f"{INPUT} {request.model} holds the transformer {f'and {held[0]} ' if held else ''}only. Choose a"
+                f" {' and a '.join(missing)} too (for example qwen_2.5_vl_7b.safetensors and qwen_image_vae.safetensors)."
+            )
     encoder = path
     if request.text_encoder != folders.FROM_MODEL:
         none = request.text_encoder == folders.NONE
@@ -121,9 +140,11 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     too_large = request.offload == "auto" and _too_large(model, device)
     if too_large or request.offload == "stream":
         model = make_model(source, precision, latents, attention, kernels, stream=True)
-    clip = None if encoder is None else _clip(encoder, request)
-    vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(vae_path)
+    clip = None if encoder is None else _clip(request, encoder)
+    vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(request, vae_path)
     notes = _notes(source, precision, attention, kernels, model)
+    if clip is not None and encoder is not None and not encoder.is_dir() and ask_for_bfloat16(clip):
+        notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
     if too_large:
         notes.append(
             f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
@@ -153,33 +174,36 @@ def _precision(request: LoadRequest, source: TransformerSource, device: torch.de
     bf16 = not comfy.model_management.is_device_cpu(device) and comfy.model_management.should_use_bf16(device)
     half = torch.bfloat16 if bf16 else torch.float32
     if source.blocks and request.precision == "auto":
-        kinds = ", ".join(sorted({kind.name for kind in source.blocks.values()}))
-        ignored = "" if request.profile == "auto" else f"; the profile {request.profile} is for files in floats"
-        return Precision("auto", half, PACKED, f"the weights stay as the file has them ({kinds}){ignored}")
+        return Precision("auto", half, PACKED, f"as stored in the file, {_held(source)}")
+    kept = keep_stored_form(request.precision, device, half, families(source.stored))
+    if kept is not None:
+        return kept
     memory = comfy.model_management.get_total_memory(device)
     return resolve_precision(request.precision, request.profile, device, half, block_bytes(source), memory)
 
 
-def _clip(path: Path, request: LoadRequest) -> comfy.sd.CLIP:
-    clip = load_clip(path, keep_on_card=request.offload == "none") if path.is_dir() else _single_clip(path)
+def _clip(request: LoadRequest, path: Path) -> comfy.sd.CLIP:
+    keep_on_card = request.offload == "none"
+    clip = load_clip(path, keep_on_card=keep_on_card) if path.is_dir() else _single_clip(request, path)
     if request.offload == "text encoder":
         clip.patcher.set_attachments(OFFLOAD_AFTER_USE, True)
     return clip
 
 
-def _single_clip(path: Path) -> comfy.sd.CLIP:
+def _single_clip(request: LoadRequest, path: Path) -> comfy.sd.CLIP:
     # by this tensor ComfyUI tells the encoder too; what it does not know it would load as another model's
     _header_of(path, "model.layers.0.self_attn.k_proj.bias", [512], "the text encoder of Qwen-Image, Qwen2.5-VL 7B")
-    return comfy.sd.load_clip(
-        [str(path)],
-        embedding_directory=folder_paths.get_folder_paths("embeddings"),
-        clip_type=comfy.sd.CLIPType.QWEN_IMAGE,
-    )
+    embeddings = folder_paths.get_folder_paths("embeddings")
+    if request.text_encoder == folders.FROM_MODEL:
+        return comfy.sd.load_checkpoint_guess_config(
+            str(path), output_model=False, output_vae=False, embedding_directory=embeddings
+        )[1]
+    return comfy.sd.load_clip([str(path)], embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.QWEN_IMAGE)
 
 
-def _single_vae(path: Path) -> comfy.sd.VAE:
+def _single_vae(request: LoadRequest, path: Path) -> comfy.sd.VAE:
     _header_of(path, "decoder.middle.0.residual.0.gamma", None, "the VAE of Qwen-Image")
-    return load_single_vae(path)
+    return load_single_vae(path, VAE_PREFIX if request.vae == folders.FROM_MODEL else "")
 
 
 def _header_of(path: Path, key: str, shape: list[int] | None, what: str) -> None:
@@ -195,16 +219,17 @@ def _notes(
     source: TransformerSource, precision: Precision, attention, kernels: FusedKernels, model: ShellPatcher
 ) -> list[str]:
     version = "2511" if source.config.get("zero_cond_t") else "2509"
+    by = f", by {source.version_by}" if source.version_by is not None else ""
     notes = [
-        f"{source.label} ({version}), {precision.name}, {weights_size(model) / 2**30:.2f} GiB, attention {attention.name},"
+        f"{source.label} ({version}{by}), {precision.name}, {weights_size(model) / 2**30:.2f} GiB, attention {attention.name},"
         f" kernels {kernels.name}"
     ]
-    if source.version_note is not None:
-        notes.append(source.version_note)
-    if precision.fell_back:
-        notes.append(f"Warning: precision {precision.name} runs instead of {precision.wanted}: {precision.why}")
-    elif precision.wanted == "auto":
-        notes.append(f"Precision {precision.name}: {precision.why}")
+    if source.version_by is None:
+        notes.append(
+            "Warning: nothing in this file or its name says whether it is 2511 or 2509, so it runs as 2509. If it is 2511,"
+            " choose that as model_version."
+        )
+    notes += _precision_notes(source, precision)
     if attention.fell_back and attention.wanted != "auto":
         notes.append(f"Warning: attention {attention.name} runs instead of {attention.wanted}: {attention.why}")
     elif attention.fell_back:
@@ -215,4 +240,40 @@ def _notes(
         notes.append(f"Warning: {kernels.why}. The forward is slower.")
     if precision.dtype == torch.float16:
         notes.append("Warning: fp16 overflows in this model on many pictures; a result with NaN is refused.")
+    return notes
+
+
+def _held(source: TransformerSource) -> str:
+    """How many of the blocks' linears a file has quantized, and how; empty if none."""
+    counts = families({**source.stored, **source.blocks})
+    return ", ".join(f"{count} linears of the blocks in {family}" for family, count in counts.most_common())
+
+
+def _precision_notes(source: TransformerSource, precision: Precision) -> list[str]:
+    held = _held(source)
+    if precision.stored:
+        notes = [f"Precision {precision.name}: as stored in the file, {held}"]
+        in_full = sum(w.full_precision for w in source.stored.values()) if precision.wanted == "auto" else 0
+        if in_full:
+            notes.append(
+                f"The file asks for {in_full} products in full precision, so their weights are made float each time, which is"
+                f" slow. precision {precision.name} multiplies them in {precision.name}."
+            )
+        if precision.fell_back:
+            notes.append(f"Warning: {precision.why}")
+        return notes
+    notes = []
+    if precision.fell_back:
+        notes.append(f"Warning: precision {precision.name} runs instead of {precision.wanted}: {precision.why}")
+    elif precision.wanted == "auto":
+        notes.append(f"Precision {precision.name}: {precision.why}")
+    if held and precision.form not in (None, PACKED):
+        notes.append(
+            f"Warning: the file has {held}, which are quantized again to {precision.form}. That is less exact than making"
+            f" {precision.form} from a bf16 file; precision auto keeps the weights as they are."
+        )
+    elif held and precision.form is None:
+        notes.append(
+            f"The file has {held}; they were made {precision.name} while loading, which restores no precision."
+        )
     return notes

@@ -5,6 +5,7 @@ branches of one graph with different LoRAs do not disturb each other.
 """
 
 import weakref
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +35,7 @@ class ResidentLora(torch.nn.Module):
         self.device: torch.device | None = None
         self.weights = torch.nn.ParameterDict()
         self.scales: dict[str, float] = {}
+        self._derived: defaultdict[str, dict] = defaultdict(dict)  # what transformers make of a layer
         self._places: tuple[weakref.ref, list[tuple[torch.nn.Module, str, float]]] | None = None
         self.fill(torch.device("cpu"))
 
@@ -53,6 +55,11 @@ class ResidentLora(torch.nn.Module):
 
     def empty(self) -> None:
         self.weights = torch.nn.ParameterDict()
+        self._derived.clear()
+
+    def _apply(self, fn, recurse=True):
+        self._derived.clear()  # it lies on the device that the weights leave
+        return super()._apply(fn, recurse)
 
     def addends(self, transformer: torch.nn.Module, strength: float) -> Iterator[tuple[torch.nn.Module, LowRank]]:
         """What each linear of ``transformer`` gets; called for every forward, so the linears are looked up once."""
@@ -61,7 +68,14 @@ class ResidentLora(torch.nn.Module):
             self._places = weakref.ref(transformer), places
         weights: Any = self.weights._parameters  # a dict: ParameterDict's own lookup takes ten times as long
         for linear, key, scale in self._places[1]:
-            yield linear, LowRank(weights[f"{key}/a"], weights[f"{key}/b"], scale * strength)
+            yield linear, LowRank(weights[f"{key}/a"], weights[f"{key}/b"], scale * strength, self._derived[key])
+
+
+class LoraPatcher(ShellPatcher):
+    """Counts, on a card, also what a transformer lays out of the LoRA (see ``extra_channels.py``): about as much again."""
+
+    def model_size(self):
+        return super().model_size() * (2 if self.load_device.type == "cuda" else 1)
 
 
 @dataclass(frozen=True)
@@ -114,7 +128,7 @@ def _resident(path: Path, transformer) -> tuple[ShellPatcher, bool]:
     dtype = transformer.dtype
 
     def make() -> ShellPatcher:
-        return ShellPatcher(
+        return LoraPatcher(
             ResidentLora(path, config, dtype),
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.unet_offload_device(),

@@ -15,12 +15,37 @@ from typing import Any, Generic, Protocol, TypeVar
 import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import CallbacksMP
 from server import PromptServer
 
 from ...qwen_edit.perf import stage
 
 EVERYTHING = 1e32
 SHARE_OF_RAM = 0.75  # what all kept models may take together
+
+
+def still_loaded(patcher: Any) -> bool:
+    """Whether DynamicVRAM has the whole model on the card as this patcher wants it, so that loading would change nothing.
+
+    ComfyUI then prepares every weight again and sends the small ones over the bus again, which for a text encoder takes
+    longer than encoding. What remains of loading is done here: the model's pages are the last that others may take.
+    """
+    if not patcher.is_dynamic() or all(
+        entry.model is not patcher for entry in comfy.model_management.current_loaded_models
+    ):
+        return False
+    model, extras = patcher.model, (patcher.patches, patcher.injections, patcher.forced_hooks)
+    if any(extras) or patcher.get_all_callbacks(CallbacksMP.ON_LOAD) or model.model_loaded_weight_memory == 0:
+        return False
+    room = comfy.model_management.get_free_memory(patcher.load_device)
+    if (
+        model.current_weight_patches_uuid != patcher.patches_uuid
+        or patcher.loaded_size() < patcher.model_size()
+        or room < comfy.model_management.minimum_inference_memory()
+    ):
+        return False
+    model.dynamic_vbars[patcher.load_device].prioritize()
+    return True
 
 
 class Shell(Protocol):

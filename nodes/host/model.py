@@ -14,14 +14,16 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import TransformerSource, check_tensors, fill
+from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
+from ...qwen_edit.extra_channels import ExtraChannels
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.packed import keep_packed, unpatch
 from ...qwen_edit.precision import Precision
 from ...qwen_edit.quantize import drop_weights, prepare
 from ...qwen_edit.rope import Positions
+from ...qwen_edit.stored_weights import keep_stored
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 from . import notes
@@ -53,6 +55,7 @@ class HostTransformer(QwenEditTransformer):
     precision: Precision
     modulation: ModulationCache
     weights_version: object = None  # changes with the patches in the weights
+    channels: ExtraChannels | None = None  # None: LoRAs are added to the results
     streamed = False  # whether the blocks stay in RAM between their turns
 
     @property
@@ -128,8 +131,10 @@ class HostTransformer(QwenEditTransformer):
                 self.attention.attend,
                 self.kernels,
                 adapters=active_adapters(self, transformer_options),
+                channels=self.channels,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before if self.streamed else None,
+                two_streams=not self.streamed,
             )
             return run_forward(
                 self,
@@ -268,8 +273,17 @@ class QwenEditModel(comfy.model_base.QwenImage):
         check_tensors(transformer, source)
         # diffusers' own .to warns about layers to keep in float32; this model has none.
         self.diffusion_model = torch.nn.Module.to(transformer, precision.dtype)
-        prepare(self.diffusion_model, precision.form)
+        prepare(self.diffusion_model, None if precision.stored else precision.form)
         keep_packed(self.diffusion_model, source.blocks, precision.form)
+        if precision.form is not None:
+            keep_stored(
+                self.diffusion_model,
+                source.stored,
+                comfy.model_management.get_torch_device(),
+                precision.products,
+                modulation_only=not precision.stored,
+                full_precision=precision.wanted == "auto",
+            )
         self.diffusion_model.requires_grad_(False)
         self.diffusion_model.attention = attention
         self.diffusion_model.kernels = kernels
@@ -296,6 +310,16 @@ class QwenEditModel(comfy.model_base.QwenImage):
         except BaseException:  # cancelled too: the next load pins its own
             self._pins.release()
             raise
+
+    def state_dict_for_saving(self, unet_state_dict, *args, **kwargs):
+        """For ComfyUI's nodes that save a MODEL: with the mark of 2511, as its own."""
+        form = self.diffusion_model.precision.form
+        if form is not None:
+            raise ValueError(
+                f"{INPUT} A MODEL of QwenEditLoader in {form} can't be saved. Choose precision bf16 on the loader first."
+            )
+        marker = {ZERO_COND_MARKER: torch.tensor([])} if self.diffusion_model.config.zero_cond_t else {}
+        return super().state_dict_for_saving(unet_state_dict | marker, *args, **kwargs)
 
     def empty(self) -> None:
         self._pins.release()
@@ -339,6 +363,8 @@ def make_model(
     """
     model = QwenEditModel(source, precision, latent_format(statistics), attention, kernels, stream)
     card = comfy.model_management.get_torch_device()
+    if card.type == "cuda" and not stream:
+        model.diffusion_model.channels = ExtraChannels()
     if stream:  # the CPU, whatever ComfyUI's --highvram says
         return StreamingPatcher(model, load_device=card, offload_device=torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()

@@ -54,8 +54,7 @@ class TransformerPatcher(ShellPatcher):
         weight = comfy.utils.get_attr(self.model, key)
         self.backup.setdefault(key, Backup(weight, False))
         super().patch_weight_to_device(key, device_to, inplace_update, return_weight, force_cast)
-        patched = comfy.utils.get_attr(self.model, key)
-        patched.data = patched.data.to("cpu")
+        comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).to("cpu"))
         return None
 
     def patch_hooks(self, hooks):

@@ -42,13 +42,14 @@ def load_vae(folder: Path) -> comfy.sd.VAE:
     return _for_pictures(vae)
 
 
-def load_single_vae(path: Path) -> comfy.sd.VAE:
-    """ComfyUI's VAE with the weights of a single file in Wan's own names.
+def load_single_vae(path: Path, prefix: str = "") -> comfy.sd.VAE:
+    """ComfyUI's VAE with the weights of a single file in Wan's own names, after ``prefix``.
 
     Raises:
         ValueError: ComfyUI takes it for another VAE than Qwen-Image's.
     """
-    vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(path)))
+    state = comfy.utils.load_torch_file(str(path))
+    vae = comfy.sd.VAE(sd={k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     if not isinstance(vae.first_stage_model, comfy.ldm.wan.vae.WanVAE):
         raise ValueError(
             f"{WEIGHTS} {path.name} is not the VAE of Qwen-Image: ComfyUI reads it as"

@@ -12,9 +12,9 @@ from importlib import import_module
 import torch
 
 from . import reference
-from .contract import Modulation, Rows, Update
+from .contract import Modulation, Rows, Update, padded_width
 
-__all__ = ["REFERENCE", "FusedKernels", "Modulation", "Rows", "Update", "resolve_kernels"]
+__all__ = ["REFERENCE", "FusedKernels", "Modulation", "Rows", "Update", "padded_width", "resolve_kernels"]
 
 
 @dataclass(frozen=True)
@@ -27,11 +27,14 @@ class FusedKernels:
     qk_norm_rope: Callable[..., None]
     gelu: Callable[..., Rows]
     quantize_rows: Callable[..., Rows]
+    append_low_rank: Callable[..., torch.Tensor]
     fell_back: bool = False
 
 
 def _of(module, name: str, why: str, fell_back: bool = False) -> FusedKernels:
-    functions = (module.norm_modulate, module.qk_norm_rope, module.gelu, module.quantize_rows)
+    functions = (
+        module.norm_modulate, module.qk_norm_rope, module.gelu, module.quantize_rows, module.append_low_rank,
+    )  # fmt: skip
     return FusedKernels(name, why, *functions, fell_back=fell_back)
 
 
@@ -75,6 +78,9 @@ def _probe(fused, device: torch.device, dtype: torch.dtype, quantize: torch.dtyp
         heads = x.unflatten(-1, (4, 16))
         module.qk_norm_rope(heads, heads, heads, weight, weight, rope, joint, eps=1e-6)
         values = [rows.data.float() * (1 if rows.scale is None else rows.scale) for rows in found]
+        if quantize != torch.int8:
+            rows = module.gelu(x[0], quantize=quantize, room=16).data
+            values.append(module.append_low_rank(rows, rows[:1].repeat(16, 1), rope.new_full((16,), 0.001)).float())
         results.append([*values, joint.float()])
     for result in results[1:]:
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0], strict=True)]

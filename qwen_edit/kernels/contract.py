@@ -4,18 +4,27 @@ from dataclasses import dataclass
 
 import torch
 
+LINE = 128  # elements: rows that begin on a cache line of their own multiply faster
+
+
+def padded_width(width: int, room: int) -> int:
+    """From one row to the next, if each of ``width`` elements has at least ``room`` more behind it."""
+    return width if room == 0 else -(-(width + room) // LINE) * LINE
+
 
 @dataclass(frozen=True)
 class Rows:
     """Activations of a linear, one row a token.
 
     ``data`` is ``[M, K]`` in the model's dtype, or quantized (float8_e4m3fn, int8) with ``scale`` ``[M, 1]`` in
-    float32. ``full`` is the unquantized twin where an adapter needs it.
+    float32. ``full`` is the unquantized twin where an adapter needs it. Behind each row of ``data`` there is ``room`` for
+    more channels, which ``append_low_rank`` fills.
     """
 
     data: torch.Tensor
     scale: torch.Tensor | None = None
     full: torch.Tensor | None = None
+    room: int = 0
 
     @property
     def unquantized(self) -> torch.Tensor:
@@ -32,7 +41,7 @@ class Rows:
         missing = [None] * len(data)
         scales = missing if self.scale is None else self.scale.split(count)
         fulls = missing if self.full is None else self.full.split(count)
-        return [Rows(*parts) for parts in zip(data, scales, fulls, strict=True)]
+        return [Rows(*parts, room=self.room) for parts in zip(data, scales, fulls, strict=True)]
 
 
 @dataclass(frozen=True)

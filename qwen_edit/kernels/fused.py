@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contract import Modulation, Rows, Update
+from .contract import Modulation, Rows, Update, padded_width
 from .launch import launch
 from .reference import QUANTIZED_MAX, SMALLEST_SCALE
 
@@ -20,6 +20,7 @@ _QUANTIZATION = {
     }
     for dtype in (None, *QUANTIZED_MAX)
 }
+MANY_ROWS = 2048
 HEAD_ROWS = 32  # heads of tokens that one program of qk_norm_rope takes
 
 
@@ -39,7 +40,7 @@ def _norm_modulate_kernel(
     x_ptr, y_ptr, out_ptr, full_ptr, scale_ptr,
     table_ptr, rows_ptr, gate_table_ptr, gate_rows_ptr,
     table_stride, split, gate_table_stride, gate_split,
-    tokens, batch, x_batch_stride, y_batch_stride, eps,
+    tokens, batch, x_batch_stride, y_batch_stride, out_stride, eps,
     C: tl.constexpr, BLOCK: tl.constexpr, HAS_UPDATE: tl.constexpr, CLAMP: tl.constexpr, KEEP: tl.constexpr,
     QUANTIZE: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, IS_INT: tl.constexpr,
 ):  # fmt: skip
@@ -70,12 +71,11 @@ def _norm_modulate_kernel(
     scale = tl.load(at_table + C, mask=inside, other=0.0).to(tl.float32)
     out = centred * rstd * (1.0 + scale) + shift
 
-    at_out = row * C + columns
     if KEEP:
-        tl.store(full_ptr + at_out, out.to(full_ptr.dtype.element_ty), mask=inside)
+        tl.store(full_ptr + row * C + columns, out.to(full_ptr.dtype.element_ty), mask=inside)
     if QUANTIZE:
         out = _quantized(tl.where(inside, out, 0.0), scale_ptr, row, SMALLEST, LARGEST, IS_INT)
-    tl.store(out_ptr + at_out, out.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_stride + columns, out.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def norm_modulate(
@@ -86,9 +86,10 @@ def norm_modulate(
     eps: float,
     quantize: torch.dtype | None = None,
     keep: bool = False,
+    room: int = 0,
 ) -> Rows:
     batch, tokens, channels = x.shape
-    rows = _empty_rows(batch * tokens, channels, x, quantize, keep)
+    rows = _empty_rows(batch * tokens, channels, x, quantize, keep, room)
     gates = update.modulation if update is not None else modulation
     y = update.y if update is not None else x
     launch(
@@ -97,7 +98,7 @@ def norm_modulate(
         (x, y, rows.data, _or(rows.full, rows.data), _or(rows.scale, rows.data),
          modulation.table, modulation.rows, gates.table, gates.rows),
         (modulation.table.stride(0), modulation.split, gates.table.stride(0), gates.split,
-         tokens, batch, x.stride(0), y.stride(0), eps),
+         tokens, batch, x.stride(0), y.stride(0), rows.data.stride(0), eps),
         {
             "C": channels, "BLOCK": triton.next_power_of_2(channels), "HAS_UPDATE": update is not None,
             "CLAMP": x.dtype == torch.float16, "KEEP": rows.full is not None, **_QUANTIZATION[quantize],
@@ -109,7 +110,7 @@ def norm_modulate(
 
 @triton.jit
 def _activation_kernel(
-    x_ptr, out_ptr, full_ptr, scale_ptr, x_stride,
+    x_ptr, out_ptr, full_ptr, scale_ptr, x_stride, out_stride,
     N: tl.constexpr, BLOCK: tl.constexpr, GELU: tl.constexpr, KEEP: tl.constexpr,
     QUANTIZE: tl.constexpr, SMALLEST: tl.constexpr, LARGEST: tl.constexpr, IS_INT: tl.constexpr,
 ):  # fmt: skip
@@ -119,33 +120,32 @@ def _activation_kernel(
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0).to(tl.float32)
     if GELU:  # 0.5 (1 + tanh u) = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
         x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    at_out = row * N + columns
     if KEEP:
-        tl.store(full_ptr + at_out, x.to(full_ptr.dtype.element_ty), mask=inside)
+        tl.store(full_ptr + row * N + columns, x.to(full_ptr.dtype.element_ty), mask=inside)
     if QUANTIZE:
         x = _quantized(x, scale_ptr, row, SMALLEST, LARGEST, IS_INT)
-    tl.store(out_ptr + at_out, x.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + row * out_stride + columns, x.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False) -> Rows:
-    return _activation(x, True, quantize, keep)
+def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False, room: int = 0) -> Rows:
+    return _activation(x, True, quantize, keep, room)
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False) -> Rows:
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False, room: int = 0) -> Rows:
     if dtype is None:
         return Rows(x)
-    rows = _activation(x, False, dtype, False)
-    return Rows(rows.data, rows.scale, x) if keep else rows
+    rows = _activation(x, False, dtype, False, room)
+    return Rows(rows.data, rows.scale, x, room) if keep else rows
 
 
-def _activation(x: torch.Tensor, apply_gelu: bool, quantize: torch.dtype | None, keep: bool) -> Rows:
+def _activation(x: torch.Tensor, apply_gelu: bool, quantize: torch.dtype | None, keep: bool, room: int) -> Rows:
     count, width = x.shape
-    rows = _empty_rows(count, width, x, quantize, keep)
+    rows = _empty_rows(count, width, x, quantize, keep, room)
     launch(
         _activation_kernel,
         count,
         (x, rows.data, _or(rows.full, rows.data), _or(rows.scale, rows.data)),
-        (x.stride(0),),
+        (x.stride(0), rows.data.stride(0)),
         {
             "N": width, "BLOCK": triton.next_power_of_2(width), "GELU": apply_gelu, "KEEP": rows.full is not None,
             **_QUANTIZATION[quantize],
@@ -214,12 +214,58 @@ def qk_norm_rope(
     )
 
 
-def _empty_rows(count: int, width: int, like: torch.Tensor, quantize: torch.dtype | None, keep: bool) -> Rows:
-    data = torch.empty((count, width), dtype=quantize or like.dtype, device=like.device)
+@triton.jit
+def _append_low_rank_kernel(
+    x_ptr, down_ptr, gain_ptr, count, x_stride,
+    K: tl.constexpr, R: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    blocks: tl.constexpr = (R + BR - 1) // BR
+    m = (tl.program_id(0) // blocks) * BM + tl.arange(0, BM)
+    r = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    rows = x_ptr + (m % count).to(tl.int64)[:, None] * x_stride
+    ranks = down_ptr + (r % R)[None, :] * K
+    total = tl.zeros((BM, BR), dtype=tl.float32)
+    for start in range(0, K, BK):
+        inside = k < K - start
+        x = tl.load(rows + start + k[None, :], mask=inside[None, :], other=0.0)
+        down = tl.load(ranks + start + k[:, None], mask=inside[:, None], other=0.0)
+        total = tl.dot(x, down, total)
+    total *= tl.load(gain_ptr + r % R)[None, :]
+    if LIMIT > 0:
+        total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
+    tl.store(rows + K + r[None, :], total.to(x_ptr.dtype.element_ty), mask=(m < count)[:, None] & (r < R)[None, :])
+
+
+def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    (count, width), rank = x.shape, len(down)
+    many = count > MANY_ROWS
+    rows = 64 if many else 16
+    # many rows: x is read as few times as possible; few: the card's units get something to do
+    block = max(16, min(triton.next_power_of_2(rank), 256 if many else 64))
+    launch(
+        _append_low_rank_kernel,
+        triton.cdiv(count, rows) * triton.cdiv(rank, block),
+        (x, down, gain),
+        (count, x.stride(0)),
+        {
+            "K": width, "R": rank, "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
+            "BK": (128 if block > 64 else 256) // x.element_size(),
+        },
+        warps=8 if block > 128 else 4,
+    )  # fmt: skip
+    return x.as_strided((count, width + rank), x.stride())
+
+
+def _empty_rows(
+    count: int, width: int, like: torch.Tensor, quantize: torch.dtype | None, keep: bool, room: int
+) -> Rows:
+    data = torch.empty((count, padded_width(width, room)), dtype=quantize or like.dtype, device=like.device)[:, :width]
     if quantize is None:
-        return Rows(data)
+        return Rows(data, room=room)
     scale = torch.empty((count, 1), dtype=torch.float32, device=like.device)
-    return Rows(data, scale, torch.empty((count, width), dtype=like.dtype, device=like.device) if keep else None)
+    full = torch.empty((count, width), dtype=like.dtype, device=like.device) if keep else None
+    return Rows(data, scale, full, room)
 
 
 def _or(tensor: torch.Tensor | None, placeholder: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ Each function has a twin of the same name and contract in ``fused.py``.
 import torch
 import torch.nn.functional as F
 
-from .contract import Modulation, Rows, Update
+from .contract import Modulation, Rows, Update, padded_width
 
 # Largest finite values; a row's scale maps its largest number onto them.
 QUANTIZED_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -21,6 +21,7 @@ def norm_modulate(
     eps: float,
     quantize: torch.dtype | None = None,
     keep: bool = False,
+    room: int = 0,
 ) -> Rows:
     """``x += gate * y`` in place where an update is pending, then ``LayerNorm(x) * (1 + scale) + shift``.
 
@@ -28,6 +29,7 @@ def norm_modulate(
         x: the residual stream ``[B, L, C]``, each item's tokens contiguous.
         quantize: dtype of the result's rows; None: as ``x``.
         keep: with ``quantize``, also return the unquantized rows.
+        room: for how many more channels there is to be room behind each row.
 
     Returns:
         ``[B * L, C]`` rows.
@@ -43,7 +45,7 @@ def norm_modulate(
     for part, target, vectors in _parts(normalized, modulation, out):
         shift, scale = vectors[..., :channels], vectors[..., channels : 2 * channels]
         torch.addcmul(shift, part, 1 + scale, out=target)
-    return quantize_rows(out.flatten(0, 1), quantize, keep=keep)
+    return _rows(out.flatten(0, 1), quantize, keep, room)
 
 
 def _parts(x: torch.Tensor, modulation: Modulation, other: torch.Tensor):
@@ -81,17 +83,47 @@ def qk_norm_rope(
         out[:, :, 2] = v
 
 
-def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False) -> Rows:
+def gelu(x: torch.Tensor, *, quantize: torch.dtype | None = None, keep: bool = False, room: int = 0) -> Rows:
     """GELU (tanh form) of ``[M, N]``, as rows for the next linear."""
-    return quantize_rows(F.gelu(x, approximate="tanh"), quantize, keep=keep)
+    return _rows(F.gelu(x, approximate="tanh"), quantize, keep, room)
 
 
-def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False) -> Rows:
-    """``x`` ``[M, K]`` as rows: each divided by its own scale, the largest magnitude mapped to the dtype's largest."""
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype | None, *, keep: bool = False, room: int = 0) -> Rows:
+    """``x`` ``[M, K]`` as rows: each divided by its own scale, the largest magnitude mapped to the dtype's largest.
+    Without ``dtype`` they are x itself, and there is no room behind them."""
+    return Rows(x) if dtype is None else _rows(x, dtype, keep, room)
+
+
+def _rows(x: torch.Tensor, dtype: torch.dtype | None, keep: bool, room: int) -> Rows:
     if dtype is None:
-        return Rows(x)
+        return Rows(_with_room(x, room), room=room)
     largest = x.abs().amax(dim=1, keepdim=True).float()
     scale = largest.clamp(min=SMALLEST_SCALE) / QUANTIZED_MAX[dtype]
     scaled = x.float() / scale
     data = (scaled.round() if dtype == torch.int8 else scaled).to(dtype)
-    return Rows(data, scale, x if keep else None)
+    return Rows(_with_room(data, room), scale, x if keep else None, room)
+
+
+def _with_room(x: torch.Tensor, room: int) -> torch.Tensor:
+    count, width = x.shape
+    if room == 0:
+        return x
+    return x.new_empty((count, padded_width(width, room)))[:, :width].copy_(x)
+
+
+def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    """``gain * (x @ down.T)`` behind each row of x, in the same memory.
+
+    Args:
+        x: ``[M, K]``, rows with room for R more; fp8 or a float.
+        down: ``[R, K]`` of the same dtype; ``gain`` ``[R]``, float32.
+
+    Returns:
+        ``[M, K + R]``; what is too large for fp8 is its largest number.
+    """
+    count, width = x.shape
+    extended = x.as_strided((count, width + len(down)), x.stride())
+    t = (x.float() @ down.float().T) * gain
+    limit = QUANTIZED_MAX.get(x.dtype)
+    extended[:, width:] = (t if limit is None else t.clamp(-limit, limit)).to(x.dtype)
+    return extended

@@ -36,7 +36,7 @@ def host() -> Host:
 
 PROBE_NODES = Path(__file__).parent / "probe_nodes"
 # unet_gguf: the key that ComfyUI-GGUF adds
-MODEL_FOLDERS = ("diffusers", "diffusion_models", "unet_gguf", "text_encoders", "vae", "loras")
+MODEL_FOLDERS = ("diffusers", "diffusion_models", "unet_gguf", "checkpoints", "text_encoders", "vae", "loras")
 
 
 @pytest.fixture(scope="session")

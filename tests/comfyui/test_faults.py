@@ -99,9 +99,11 @@ def _gap(path):
     save_file({k.replace("blocks.1.", "blocks.4."): v for k, v in transformer_state().items()}, path)
 
 
-def _quantized(path):
+def _unknown_format(path):
     state = transformer_state()
-    state["img_in.weight"] = state["img_in.weight"].to(torch.float8_e4m3fn)
+    name = "transformer_blocks.1.attn.to_q"
+    state[f"{name}.weight"] = state[f"{name}.weight"].to(torch.int8)
+    state[f"{name}.comfy_quant"] = torch.tensor(list(b'{"format": "int3_tilewise"}'), dtype=torch.uint8)
     save_file(state, path)
 
 
@@ -117,7 +119,7 @@ BAD_FILES = {
     "lora": (_lora, "found a LoRA"),
     "missing": (_missing, "2 tensors are missing"),
     "gap": (_gap, "missing"),
-    "quantized": (_quantized, "F8_E4M3"),
+    "unknown format": (_unknown_format, "transformer_blocks.1.attn.to_q.weight has the format 'int3_tilewise'"),
 }
 
 
@@ -301,7 +303,17 @@ COMBOS = [
     ("encode", "reference_size"),
     ("sampler", "preset"),
 ]
-PATHS = ["../{}", "{root}/{}", "x\0{}", r"\\host\share\{}", "folder: ../secret", "demo: ../../{}", "", "nonsense"]
+PATHS = [
+    "../{}",
+    "{root}/{}",
+    "x\0{}",
+    r"\\host\share\{}",
+    "folder: ../secret",
+    "checkpoint: ../{}",
+    "demo: ../../{}",
+    "",
+    "nonsense",
+]
 
 
 @pytest.mark.parametrize(("which", "name"), COMBOS)

@@ -108,15 +108,18 @@ def test_the_picture_is_that_of_the_dequantized_weights(client, packed, floats):
     (picture,) = client.arrays(result)
     assert close(picture, edited(client, floats))
     said = note(result, "transformer")
-    assert "(2511), gguf, " in said
-    assert "the weights stay as the file has them (Q5_1, Q6_K, Q8_0)" in said
+    assert "(2511, by model_version), gguf, " in said
+    assert (
+        "Precision gguf: as stored in the file, 22 linears of the blocks in Q5_1, 2 linears of the blocks in Q6_K"
+        in said
+    )
 
 
 def test_the_version_is_guessed_aloud(client, graph):
     said = note(run_fresh(client, from_file(graph, PACKED, model_version="auto")), "transformer")
-    assert "Version 2511, because the file calls itself so" in said
+    assert "(2511, by the file's name)" in said
     said = note(run_fresh(client, from_file(graph, "elsewhere.gguf", model_version="auto")), "transformer")
-    assert "Warning: this file says nowhere that it is 2511" in said
+    assert "Warning: nothing in this file or its name says whether it is 2511 or 2509" in said
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp8", "int8", "w4a4"])
@@ -126,10 +129,12 @@ def test_another_precision_dequantizes(client, graph, precision):
         assert close(ours, same)
 
 
-def test_a_profile_does_not_apply(client, graph):
+def test_a_profile_does_not_apply_and_a_form_is_warned_about(client, graph):
     said = note(run_fresh(client, from_file(graph, PACKED, profile="fast")), "transformer")
-    assert "gguf" in said
-    assert "the profile fast is for files in floats" in said
+    assert "Precision gguf" in said
+    said = note(run_fresh(client, from_file(graph, PACKED, precision="int8")), "transformer")
+    assert "Warning: the file has 22 linears of the blocks in Q5_1" in said
+    assert "quantized again to int8" in said
 
 
 def test_native_loras_equal_those_on_floats_and_leave_the_bytes(client, packed, floats):

@@ -1,0 +1,194 @@
+"""LoRAs as extra input channels of the products.
+
+``x W^T + s (x A^T) B^T`` is one product ``[x, t] [W, B]^T`` with ``t = s x A^T``: the rank is only a few channels more for
+the card's fastest kernels, where adding the term afterwards would read and write the whole result once more. For this the
+kernels leave room behind each row of x (``Rows.room``), one kernel writes t into it, and weights get spare columns in
+which the B of the active LoRAs lie. W itself is never written, and without LoRAs it is multiplied as if the columns
+were not there.
+
+fp8: t and B have to share the scales of their rows, of x and of W. t is scaled so that it stays within fp8's range however
+closely a row of x follows one of A, up to a cosine of about a half; what B then has too much for the range is spread over
+several channels. A product of two fp8 numbers is off by 4 %, and this is one of the LoRA's term only, where quantizing
+the sum of weight and LoRA again is off by that much of the whole weight.
+"""
+
+import math
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from .kernels import padded_width
+from .linear import Adapters, Channels, LowRank, Operand, put_weights
+from .quantize import FP8, quantize_rows
+
+RANK_STEP = (
+    32  # the products take channels in steps of 16; fewer different shapes are fewer choices of kernels to wait for
+)
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+LARGEST = 448.0  # of fp8
+# Of t: 6 sqrt(K) times a row of fp8 numbers whose largest is 448 and 3 to 4 times the mean square is 448 at a cosine of
+# 0.4 to 0.6 with the row of A.
+REACH = 6.0
+MOST_CHANNELS = 4  # for each rank; an adapter that needs more is added to the result
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """One adapter as the product takes it, in c channels: ``a`` ``[c, K]``, ``b`` ``[N, c]``, ``gain`` ``[c]``. In fp8 made for
+    one weight, and for strengths up to ``level``."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gain: torch.Tensor
+    weight: weakref.ref | None = None
+    level: int = 0
+
+
+@dataclass
+class _Laid:
+    """What lies in the spare columns of one operand's weight."""
+
+    at: int  # the weight's address
+    counts: list[list[int]]  # channels of each module's adapters
+    sources: list[torch.Tensor]  # the B that was made of each adapter
+    scales: list[float]
+    channels: Channels
+
+
+class ExtraChannels:
+    """The one owner of the spare columns of a transformer's weights. They are laid out when a product needs them, while
+    the card is still busy with the one before, so switching LoRAs costs no waiting."""
+
+    def __init__(self) -> None:
+        self._laid: weakref.WeakKeyDictionary[torch.nn.Module, _Laid] = weakref.WeakKeyDictionary()
+
+    def extended(self, op: Operand, adapters: Adapters) -> Operand:
+        """``op`` with the adapters of its modules as channels; as it is without adapters, or where its weight's form does
+        not allow it (the adapters are then added to the result)."""
+        mine = [adapters.get(module, ()) for module in op.modules]
+        if not any(mine) or op.weight is None or not _suits(op):
+            return op
+        prepared = _prepared(op, mine)
+        if prepared is None:
+            return op
+        parts = [p for each in prepared for p in each]
+        scales = [a.scale for each in mine for a in each]
+        laid = self._laid.get(op.modules[0])
+        if laid is not None and (laid.at != op.weight.data_ptr() or _room(op.weight) < len(laid.channels.gain)):
+            laid = None
+        if laid is None or not _same(laid.sources, [p.b for p in parts]):
+            self._laid.pop(op.modules[0], None)  # until the end nothing is certain
+            op, laid = _lay(op, prepared, scales, laid)
+            self._laid[op.modules[0]] = laid
+        elif laid.scales != scales:
+            laid.channels = replace(laid.channels, gain=_gains(parts, scales, len(laid.channels.gain)))
+            laid.scales = scales
+        return replace(op, channels=laid.channels)
+
+
+def _same(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
+    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+
+def _suits(op: Operand) -> bool:
+    assert op.weight is not None
+    dtype = op.weight.dtype
+    return (dtype in FLOATS and op.scale is None) or (dtype == FP8 and op.scale is not None)
+
+
+def _room(weight: torch.Tensor) -> int:
+    return weight.stride(0) - weight.shape[1]
+
+
+def _lay(
+    op: Operand, prepared: Sequence[Sequence[_Prepared]], scales: list[float], before: _Laid | None
+) -> tuple[Operand, _Laid]:
+    """Write the adapters into the spare columns; ``before`` is what lies there now, if that is known."""
+    parts = [p for each in prepared for p in each]
+    counts = [[len(p.gain) for p in each] for each in prepared]
+    total = -(-sum(map(sum, counts)) // RANK_STEP) * RANK_STEP
+    op = _with_room(op, total)
+    weight = op.weight
+    assert weight is not None
+    columns = weight.as_strided((len(weight), total), weight.stride(), weight.storage_offset() + weight.shape[1])
+    if before is None or before.counts != counts or before.at != weight.data_ptr():
+        columns.zero_()
+    channel = row = 0
+    for width, each in zip(op.widths, prepared, strict=True):
+        for p in each:
+            columns[row : row + width, channel : channel + len(p.gain)] = p.b
+            channel += len(p.gain)
+        row += width
+    channels = Channels(_side_by_side([p.a for p in parts], total), _gains(parts, scales, total))
+    return op, _Laid(weight.data_ptr(), counts, [p.b for p in parts], scales, channels)
+
+
+def _with_room(op: Operand, channels: int) -> Operand:
+    """``op`` with at least this many spare columns behind its weight, of which its modules' weights then are parts."""
+    assert op.weight is not None
+    if _room(op.weight) >= channels:
+        return op
+    rows, width = op.weight.shape
+    weight = op.weight.new_zeros((rows, padded_width(width, channels)))[:, :width]
+    weight.copy_(op.weight)
+    put_weights(op.modules, weight.split(op.widths))
+    return replace(op, weight=weight)
+
+
+def _gains(parts: Sequence[_Prepared], scales: Sequence[float], total: int) -> torch.Tensor:
+    return _side_by_side([p.gain if s == 1 else p.gain * s for p, s in zip(parts, scales, strict=True)], total)
+
+
+def _side_by_side(parts: Sequence[torch.Tensor], total: int) -> torch.Tensor:
+    """``[total, ...]``, zeros behind the parts; each operation here counts a thousand times when LoRAs are switched."""
+    missing = total - sum(map(len, parts))
+    if missing:
+        parts = [*parts, parts[0].new_zeros((missing, *parts[0].shape[1:]))]
+    return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
+
+
+def _prepared(op: Operand, mine: Sequence[Sequence[LowRank]]) -> list[list[_Prepared]] | None:
+    """The adapters of each module as channels; None if one of them would take too many."""
+    assert op.weight is not None
+    dtype = op.weight.dtype
+    scales = [None] * len(op.modules) if op.scale is None else op.scale.split(op.widths)
+    result = []
+    for each, scale, module in zip(mine, scales, op.modules, strict=True):
+        result.append([_prepared_one(adapter, dtype, scale, module) for adapter in each])
+        if any(len(p.gain) > MOST_CHANNELS * len(a.a) for p, a in zip(result[-1], each, strict=True)):
+            return None
+    return result
+
+
+def _prepared_one(adapter: LowRank, dtype: torch.dtype, scale: torch.Tensor | None, module) -> _Prepared:
+    """Kept with the adapter, because it takes a dozen operations.
+
+    Args:
+        scale: of the rows of the module's weight, ``[N, 1]``.
+    """
+    found: _Prepared | None = adapter.derived.get(dtype)
+    if scale is None:
+        if found is None:
+            ones = torch.ones(len(adapter.a), device=adapter.a.device)
+            found = _Prepared(adapter.a.to(dtype), adapter.b.to(dtype), ones)
+    else:
+        level = max(1, math.ceil(abs(adapter.scale)))
+        if found is None or found.level != level or found.weight is None or found.weight() is not module.weight:
+            found = _in_fp8(adapter, scale, module.weight, level)
+    adapter.derived[dtype] = found
+    return found
+
+
+def _in_fp8(adapter: LowRank, scale: torch.Tensor, weight: torch.Tensor, level: int) -> _Prepared:
+    rank, width = adapter.a.shape
+    rows = quantize_rows(adapter.a, FP8)
+    assert rows.scale is not None
+    length = rows.data.float().norm(dim=1).clamp(min=1.0)
+    gain = REACH / (width**0.5 * length)
+    b = adapter.b.float() * (rows.scale.flatten() * level / gain) / scale
+    share = (b.abs().amax(dim=0) / LARGEST).ceil().clamp(1, MOST_CHANNELS * rank + 1)
+    of = torch.arange(rank, device=b.device).repeat_interleave(share.long())
+    b = (b / share)[:, of].clamp(-LARGEST, LARGEST).to(FP8)
+    return _Prepared(rows.data.view(torch.uint8)[of].view(FP8), b, (gain / level)[of], weakref.ref(weight), level)

@@ -1,0 +1,88 @@
+"""The headers of safetensors and GGUF files: what lies where, and why a file is no such file, without reading weights."""
+
+import json
+import struct
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from .errors import WEIGHTS
+from .gguf import SUFFIX, read_gguf_header
+
+# safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
+MAX_HEADER_BYTES = 100_000_000
+
+
+def read_header(path: Path) -> dict[str, dict]:
+    """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
+
+    Files whose names end in .gguf are read as such, see ``gguf.py``.
+
+    Raises:
+        ValueError: not a safetensors (or GGUF) file, with the likely cause, or a damaged one.
+    """
+    size = path.stat().st_size
+    is_gguf = path.suffix.lower() == SUFFIX
+    with path.open("rb") as file:
+        start = file.read(512)
+    cause = _no_weights(start) or (None if is_gguf else _not_safetensors(start, size))
+    if cause is not None:
+        kind = "GGUF" if is_gguf else "safetensors"
+        raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a {kind} file: {cause}")
+    if is_gguf:
+        return read_gguf_header(path)[0]
+    try:
+        # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as e:
+        raise ValueError(
+            f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
+        ) from e
+    header, length = _raw_header(path)
+    header.pop("__metadata__", None)
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """The free entries of a file that ``read_header`` has accepted, those that are text."""
+    if path.suffix.lower() == SUFFIX:
+        return {key: value for key, value in read_gguf_header(path)[1].items() if isinstance(value, str)}
+    return _raw_header(path)[0].get("__metadata__", {})
+
+
+def _raw_header(path: Path) -> tuple[dict[str, dict], int]:
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        return json.loads(file.read(length)), length
+
+
+def _shown(path: Path) -> str:
+    """The file's name, with its folders when it is part of a diffusers folder."""
+    return "/".join(path.parts[-3:]) if (path.parent.parent / "model_index.json").is_file() else path.name
+
+
+def _no_weights(start: bytes) -> str | None:
+    text = start.lstrip().lower()
+    if start.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer. Run 'git lfs pull', or download the file itself."
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page, probably an error page saved by the download. Download the file again."
+    if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x04")):
+        return "it is a zip or pickle file. This pack loads safetensors and GGUF only, because a pickle can run code."
+    return None
+
+
+def _not_safetensors(start: bytes, size: int) -> str | None:
+    if start.startswith(b"GGUF"):
+        return "it is a GGUF file. This pack takes those as transformers, under names that end in .gguf."
+    if size < 10:
+        return "it is empty or cut off. Download it again."
+    (length,) = struct.unpack("<Q", start[:8])
+    if length > MAX_HEADER_BYTES or start[8:9] != b"{":
+        return "its first bytes are no safetensors header. It is another kind of file, or damaged."
+    if length + 8 > size:
+        return "it ends inside its own header, so the download was cut off. Download it again."
+    return None

@@ -1,0 +1,62 @@
+"""Loading is skipped only for a DynamicVRAM model that is on the card as a whole and as its patcher wants it.
+
+DynamicVRAM needs a card, so a stand-in has its patcher's names here.
+"""
+
+import json
+
+import pytest
+from comfy_process import run_in_comfyui
+
+pytestmark = pytest.mark.server
+
+CODE = """
+import json
+from types import SimpleNamespace
+import comfy.model_management as management
+from pack.nodes.host.memory import still_loaded
+
+prioritized = []
+
+
+def patcher(**different):
+    pages = SimpleNamespace(prioritize=lambda: prioritized.append(1))
+    model = SimpleNamespace(current_weight_patches_uuid=1, model_loaded_weight_memory=8, dynamic_vbars={"card": pages})
+    given = {
+        "model": model, "load_device": "card", "patches": {}, "injections": {}, "forced_hooks": None, "patches_uuid": 1,
+        "is_dynamic": lambda: True, "get_all_callbacks": lambda kind: [], "loaded_size": lambda: 100, "model_size": lambda: 100,
+    }
+    return SimpleNamespace(**(given | different))
+
+
+def answer(patcher, room=2**40, listed=True):
+    management.current_loaded_models[:] = [SimpleNamespace(model=patcher)] if listed else []
+    management.get_free_memory = lambda device: room
+    try:
+        return still_loaded(patcher)
+    finally:
+        management.current_loaded_models.clear()
+
+
+found = {"whole": answer(patcher())}
+assert prioritized == [1]
+found["not listed"] = answer(patcher(), listed=False)
+found["no room to work"] = answer(patcher(), room=2**20)
+found["classic"] = answer(patcher(is_dynamic=lambda: False))
+found["in part"] = answer(patcher(loaded_size=lambda: 99))
+found["with a LoRA"] = answer(patcher(patches={"weight": 1}))
+found["after a clone with a LoRA"] = answer(patcher(patches_uuid=2))
+found["with injections"] = answer(patcher(injections={"bypass_lora": []}))
+found["with hooks"] = answer(patcher(forced_hooks=["hook"]))
+found["with callbacks"] = answer(patcher(get_all_callbacks=lambda kind: [print]))
+small = patcher()
+small.model.model_loaded_weight_memory = 0
+found["small weights taken off"] = answer(small)
+assert prioritized == [1]
+print("RESULT", json.dumps(found))
+"""
+
+
+def test_only_what_loading_would_not_change(host):
+    found = json.loads(run_in_comfyui(host, CODE).split("RESULT", 1)[1])
+    assert [name for name, skipped in found.items() if skipped] == ["whole"]

@@ -1,0 +1,154 @@
+"""LoRAs as extra channels of the products: the same result as adding them to it, and no trace without them."""
+
+import pytest
+import torch
+from test_linear import IN, OUT, TOKENS, error, exact, linear
+from torch import nn
+
+from qwen_edit.extra_channels import ExtraChannels
+from qwen_edit.kernels import REFERENCE
+from qwen_edit.linear import LowRank, pack
+from qwen_edit.quantize import QuantizedTensor, quantize_weight
+from qwen_edit.transformer import Forward
+
+BOUNDS = {None: 1e-6, "fp8": 0.05}
+
+
+def weight_data(module) -> torch.Tensor:
+    return module.weight._qdata if isinstance(module.weight, QuantizedTensor) else module.weight.data
+
+
+def low_rank(rank: int, seed: int, scale: float = 1.0) -> LowRank:
+    """One that changes the result by about a tenth."""
+    generator = torch.Generator().manual_seed(100 + seed)
+    a = torch.randn(rank, IN, generator=generator) / 8
+    b = torch.randn(OUT, rank, generator=generator) / 100
+    return LowRank(a, b, scale)
+
+
+def product(x, channels: ExtraChannels, adapters, *modules) -> torch.Tensor:
+    forward = Forward(None, adapters=adapters, channels=channels)  # pyright: ignore[reportArgumentType]
+    operands = forward.operands(*modules)
+    prologue = forward.prologue(operands)
+    doubled = REFERENCE.quantize_rows(x, prologue["quantize"], keep=prologue["keep"], room=prologue["room"])
+    if prologue["quantize"] is None:  # as after a normalization, which has room also for floats
+        doubled = REFERENCE.gelu(x, room=prologue["room"])
+    return torch.cat([forward.multiply(o, doubled, x.dtype) for o in operands], dim=1)
+
+
+def seen(x: torch.Tensor, form: str | None) -> torch.Tensor:
+    return x if form is not None else nn.functional.gelu(x, approximate="tanh")
+
+
+@pytest.fixture(params=[None, "fp8"], ids=["float", "fp8"])
+def form(request):
+    torch.manual_seed(0)
+    return request.param
+
+
+@pytest.fixture
+def qkv(form) -> list:
+    modules = [linear(form) for _ in range(3)]
+    pack(modules)
+    return modules
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(TOKENS, IN, generator=torch.Generator().manual_seed(1))
+
+
+def test_adapters_of_any_number_and_rank(form, qkv, x):
+    q, k, v = qkv
+    channels = ExtraChannels()
+    for adapters in (
+        {q: [low_rank(4, 1)], k: [low_rank(4, 2)], v: [low_rank(4, 3)]},
+        {q: [low_rank(4, 1, 0.5), low_rank(7, 4, -1.0)], v: [low_rank(32, 5, 2.0)]},
+        {k: [low_rank(1, 6)]},
+    ):
+        got = product(x, channels, adapters, *qkv)
+        assert error(got, exact(seen(x, form), *qkv, adapters=adapters)) < BOUNDS[form]
+        term = got - product(x, channels, {}, *qkv)
+        expected = exact(seen(x, form), *qkv, adapters=adapters) - exact(seen(x, form), *qkv)
+        assert error(term, expected) < {None: 1e-5, "fp8": 0.08}[form], "the adapters' term on its own"
+
+
+def test_they_go_through_the_product_and_not_after_it(form, qkv, x, monkeypatch):
+    monkeypatch.setattr("qwen_edit.linear.low_rank", lambda *_: pytest.fail("added afterwards"))
+    product(x, ExtraChannels(), {qkv[0]: [low_rank(4, 1)]}, *qkv)
+
+
+def test_no_trace_without_them(form, qkv, x):
+    channels = ExtraChannels()
+    names = [weight_data(m).clone() for m in qkv]
+    product(x, channels, {qkv[0]: [low_rank(4, 1)]}, *qkv)  # makes room
+    before = product(x, channels, {}, *qkv)
+    for seed in range(20):
+        product(x, channels, {qkv[seed % 3]: [low_rank(4 + seed, seed)]}, *qkv)
+    assert torch.equal(product(x, channels, {}, *qkv), before)
+    assert all(torch.equal(weight_data(m), n) for m, n in zip(qkv, names, strict=True))
+
+
+def test_switching_back_gives_the_same_bits(form, qkv, x):
+    channels = ExtraChannels()
+    one, other = {qkv[0]: [low_rank(4, 1)]}, {qkv[0]: [low_rank(4, 2)], qkv[1]: [low_rank(9, 3)]}
+    first = product(x, channels, one, *qkv)
+    assert not torch.equal(product(x, channels, other, *qkv), first)
+    assert torch.equal(product(x, channels, one, *qkv), first)
+
+
+def test_strength(form, qkv, x):
+    channels = ExtraChannels()
+    adapter = low_rank(4, 1)
+    for scale in (1.0, 0.25, -3.0, 1.0):
+        adapters = {qkv[2]: [LowRank(adapter.a, adapter.b, scale, adapter.derived)]}
+        assert error(product(x, channels, adapters, *qkv), exact(seen(x, form), *qkv, adapters=adapters)) < BOUNDS[form]
+
+
+def test_a_weight_that_was_replaced(form, x):
+    """As after a native LoRA patched it, or the model left the card and came back."""
+    module = linear(form)
+    channels, adapters = ExtraChannels(), {module: [low_rank(4, 1)]}
+    product(x, channels, adapters, module)
+    new = torch.randn(OUT, IN) / 20
+    module.weight = nn.Parameter(new if form is None else quantize_weight(new, form), requires_grad=False)
+    assert error(product(x, channels, adapters, module), exact(seen(x, form), module, adapters=adapters)) < BOUNDS[form]
+
+
+def test_rows_without_room_get_the_term_afterwards(x):
+    module = linear(None)
+    adapters = {module: [low_rank(4, 1)]}
+    forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
+    (op,) = forward.operands(module)
+    rows = REFERENCE.quantize_rows(x, None, room=op.room)  # the attention's own output
+    assert error(forward.multiply(op, rows, x.dtype), exact(x, module, adapters=adapters)) < 1e-6
+
+
+@pytest.mark.parametrize("form", ["int8", "w4a4"])
+def test_forms_that_have_no_spare_columns(form, x):
+    module = linear(form if form == "int8" else None)
+    if form == "w4a4":
+        module.weight = nn.Parameter(quantize_weight(module.weight, form), requires_grad=False)
+    adapters = {module: [low_rank(4, 1)]}
+    forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
+    (op,) = forward.operands(module)
+    assert op.channels is None
+    assert forward.prologue([op])["room"] == 0
+
+
+def test_an_adapter_that_the_input_follows_closely(x):
+    """The channel is then far larger than a random input makes it, but still within fp8's range."""
+    module = linear("fp8")
+    x[0] += 0.6 * x[1]
+    adapters = {module: [LowRank(x[1:2].clone() / 8, torch.randn(OUT, 1) / 50, 1.0)]}
+    got = product(x, ExtraChannels(), adapters, module)
+    assert error(got[:1], exact(x[:1], module, adapters=adapters)) < BOUNDS["fp8"]
+
+
+def test_an_adapter_too_strong_for_fp8_is_added_afterwards(x):
+    module = linear("fp8")
+    adapters = {module: [LowRank(torch.randn(4, IN), torch.randn(OUT, 4), 1.0)]}
+    forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
+    (op,) = forward.operands(module)
+    assert op.channels is None
+    assert forward.prologue([op])["keep"]
