@@ -7,8 +7,7 @@ which the B of the active LoRAs lie. W itself is never written, and without LoRA
 were not there.
 
 fp8: t and B have to share the scales of their rows, of x and of W. t is scaled so that it stays within fp8's range however
-closely a row of x follows one of A, up to a cosine of about a half; what B then has too much for the range is spread over
-several channels. A product of two fp8 numbers is off by 4 %, and this is one of the LoRA's term only, where quantizing
+closely a row of x follows one of A; what B then has too much for the range is spread over several channels. A product of two fp8 numbers is off by 4 %, and this is one of the LoRA's term only, where quantizing
 the sum of weight and LoRA again is off by that much of the whole weight.
 """
 
@@ -23,14 +22,12 @@ from .kernels import padded_width
 from .linear import Adapters, Channels, LowRank, Operand, put_weights
 from .quantize import FP8, quantize_rows
 
-RANK_STEP = (
-    32  # the products take channels in steps of 16; fewer different shapes are fewer choices of kernels to wait for
-)
+RANK_STEP = 32  # the products take steps of 16; of fewer shapes, fewer are new to them
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST = 448.0  # of fp8
-# Of t: 6 sqrt(K) times a row of fp8 numbers whose largest is 448 and 3 to 4 times the mean square is 448 at a cosine of
-# 0.4 to 0.6 with the row of A.
-REACH = 6.0
+# Of t: 448, fp8's largest, is what a row of x whose numbers reach 448 and are a third to a quarter of it in the mean square
+# gives at a cosine of 0.6 to 0.8 with the row of A.
+REACH = 4.0
 MOST_CHANNELS = 4  # for each rank; an adapter that needs more is added to the result
 
 

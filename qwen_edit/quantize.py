@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels.reference import quantize_rows
+from .kernels.reference import SMALLEST_SCALE, quantize_rows
 
 try:
     import comfy_kitchen.tensor as kitchen
@@ -41,6 +41,7 @@ ROWWISE_FP8 = "QwenEditRowwiseFP8Layout"
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 ACTIVATIONS = {"fp8": FP8, "int8": INT8}  # what activations become before our own products
 FP8_LAYOUTS = (ROWWISE_FP8, "TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout")
+LARGEST_WEIGHT = 56.0  # of our fp8; 2**-6, below which e4m3 loses digits, is a 3584th of it
 INT8_LAYOUT = "TensorWiseINT8Layout"
 W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
 ROTATIONS = (256, 64)  # sizes that comfy-kitchen's kernels know; it also has 16, but scales groups of 64
@@ -48,7 +49,11 @@ LEAST_INT_MM_ROWS = 17  # of torch._int_mm on CUDA
 
 
 class RowwiseFP8Layout(QuantizedLayout):
-    """float8_e4m3fn with one float32 scale ``[N, 1]`` for each row."""
+    """float8_e4m3fn with one float32 scale ``[N, 1]`` for each row.
+
+    A row's largest number becomes ``LARGEST_WEIGHT``, not fp8's 448: floating-point numbers are as precise there, and the
+    B of LoRAs, which share the scale, may be larger (see ``extra_channels.py``).
+    """
 
     MIN_SM_VERSION = (8, 9)
 
@@ -58,8 +63,10 @@ class RowwiseFP8Layout(QuantizedLayout):
 
     @classmethod
     def quantize(cls, tensor, **_):
-        rows = quantize_rows(tensor, FP8)
-        return rows.data, cls.Params(scale=rows.scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+        largest = tensor.abs().amax(dim=1, keepdim=True).float()
+        scale = largest.clamp(min=SMALLEST_SCALE) / LARGEST_WEIGHT
+        params = cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
+        return (tensor.float() / scale).to(FP8), params
 
     @classmethod
     def dequantize(cls, qdata, params):

@@ -300,6 +300,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     modulation: ModulationCache | None = None
     adapters: Adapters = NO_ADAPTERS
     channels: ExtraChannels | None = None
+    two_streams = True
 
     def forward(
         self,
@@ -336,7 +337,13 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             timestep.to(dtype),  # as diffusers rounds it
             encoder_hidden_states,
             tuple((rows, columns) for _, rows, columns in img_shapes[0]),
-            Forward(self.attention.attend, self.kernels, adapters=self.adapters, channels=self.channels),
+            Forward(
+                self.attention.attend,
+                self.kernels,
+                adapters=self.adapters,
+                channels=self.channels,
+                two_streams=self.two_streams,
+            ),
             axes_dims=tuple(self.config.axes_dims_rope),
             zero_cond_t=self.config.zero_cond_t,
             text_mask=encoder_hidden_states_mask,

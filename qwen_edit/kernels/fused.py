@@ -242,7 +242,7 @@ def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> 
     many = count > MANY_ROWS
     rows = 64 if many else 16
     # many rows: x is read as few times as possible; few: the card's units get something to do
-    block = max(16, min(triton.next_power_of_2(rank), 256 if many else 64))
+    block = max(16, min(triton.next_power_of_2(rank), 128 if many else 64))
     launch(
         _append_low_rank_kernel,
         triton.cdiv(count, rows) * triton.cdiv(rank, block),
@@ -252,7 +252,7 @@ def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> 
             "K": width, "R": rank, "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
             "BK": (128 if block > 64 else 256) // x.element_size(),
         },
-        warps=8 if block > 128 else 4,
+        warps=4,
     )  # fmt: skip
     return x.as_strided((count, width + rank), x.stride())
 
