@@ -129,12 +129,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=60, help="transformer blocks (fewer: a quick try)")
+    parser.add_argument("--without-fp8", action="store_true", help="leave out the fp8mixed twin")
     options = parser.parse_args()
     pool = Pool()
     transformer = transformer_names(options.layers)
     files = {"diffusion_models": transformer} | names_of_comfyui(options.comfyui)
     plans = {(kind, kind): [(n, shape, "BF16") for n, shape in shapes.items()] for kind, shapes in files.items()}
-    plans["diffusion_models", "fp8"] = list(fp8_mixed(transformer))
+    if not options.without_fp8:
+        plans["diffusion_models", "fp8"] = list(fp8_mixed(transformer))
     plans["loras", "rank64"] = list(lora(transformer, 64))
     for (kind, name), tensors in plans.items():
         path = options.folder / kind / f"random_{name}.safetensors"

@@ -6,7 +6,7 @@ branches of one graph with different LoRAs do not disturb each other.
 
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,19 @@ LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's 
 POOL: Owner[ShellPatcher] = Owner(lambda patcher: [patcher])
 
 
+class _Weights(torch.nn.ParameterDict):
+    """With what transformers make of each layer, which lies on the same device and leaves it with them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.derived: defaultdict[str, dict] = defaultdict(dict)
+
+    def _apply(self, fn, recurse=True):
+        for made in self.derived.values():
+            made.clear()
+        return super()._apply(fn, recurse)
+
+
 class ResidentLora(torch.nn.Module):
     """One LoRA's layers; a shell (see ``memory.py``)."""
 
@@ -33,10 +46,9 @@ class ResidentLora(torch.nn.Module):
         self.path, self.model_config, self.dtype = path, model_config, dtype
         self.fingerprint = fingerprint([path])
         self.device: torch.device | None = None
-        self.weights = torch.nn.ParameterDict()
+        self.weights = _Weights()
         self.scales: dict[str, float] = {}
-        self._derived: defaultdict[str, dict] = defaultdict(dict)  # what transformers make of a layer
-        self._places: tuple[weakref.ref, list[tuple[torch.nn.Module, str, float]]] | None = None
+        self._answer: tuple[weakref.ref, float, list[tuple[torch.nn.Module, LowRank]]] | None = None
         self.fill(torch.device("cpu"))
 
     @property
@@ -54,21 +66,20 @@ class ResidentLora(torch.nn.Module):
             self.scales[name] = layer.scale
 
     def empty(self) -> None:
-        self.weights = torch.nn.ParameterDict()
-        self._derived.clear()
+        self.weights = _Weights()
+        self._answer = None
 
-    def _apply(self, fn, recurse=True):
-        self._derived.clear()  # it lies on the device that the weights leave
-        return super()._apply(fn, recurse)
-
-    def addends(self, transformer: torch.nn.Module, strength: float) -> Iterator[tuple[torch.nn.Module, LowRank]]:
-        """What each linear of ``transformer`` gets; called for every forward, so the linears are looked up once."""
-        if self._places is None or self._places[0]() is not transformer:
-            places = [(transformer.get_submodule(n), n.replace(".", "/"), scale) for n, scale in self.scales.items()]
-            self._places = weakref.ref(transformer), places
-        weights: Any = self.weights._parameters  # a dict: ParameterDict's own lookup takes ten times as long
-        for linear, key, scale in self._places[1]:
-            yield linear, LowRank(weights[f"{key}/a"], weights[f"{key}/b"], scale * strength, self._derived[key])
+    def addends(self, transformer: torch.nn.Module, strength: float) -> list[tuple[torch.nn.Module, LowRank]]:
+        """What each linear of ``transformer`` gets; asked for every forward, so the last answer is kept."""
+        if self._answer is None or self._answer[0]() is not transformer or self._answer[1] != strength:
+            weights: Any = self.weights._parameters  # a dict: ParameterDict's own lookup takes ten times as long
+            layers, derived = [], self.weights.derived
+            for name, scale in self.scales.items():
+                key = name.replace(".", "/")
+                parts = weights[f"{key}/a"], weights[f"{key}/b"]
+                layers.append((transformer.get_submodule(name), LowRank(*parts, scale * strength, derived[key])))
+            self._answer = weakref.ref(transformer), strength, layers
+        return self._answer[2]
 
 
 class LoraPatcher(ShellPatcher):
