@@ -15,7 +15,9 @@ class QwenEditLoraSwitch(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         inputs: list[io.Input] = [
-            io.Model.Input("model", tooltip="From Qwen Edit Loader, or another LoRA switch: they add up.")
+            io.Model.Input(
+                "model", tooltip="From Qwen Edit Loader, Qwen Edit Accelerate, or another LoRA switch: they add up."
+            )
         ]
         for slot in range(1, SLOTS + 1):
             inputs += [
@@ -48,10 +50,10 @@ class QwenEditLoraSwitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, **slots) -> io.NodeOutput:
-        from .host.lora import switch  # brings diffusers: only when a node runs
-        from .host.sampling import require_ours
+        from .host.accelerate import lora_target  # brings diffusers: only when a node runs
+        from .host.lora import switch
 
-        require_ours(model)
+        target = lora_target(model)
         wanted = []
         for slot in range(1, SLOTS + 1):
             name, strength = slots.get(f"lora_{slot}", folders.NONE), slots.get(f"strength_{slot}", 1.0)
@@ -61,7 +63,7 @@ class QwenEditLoraSwitch(io.ComfyNode):
                 )
             if name != folders.NONE:
                 wanted.append((folders.lora_path(name), strength))
-        clone, lines = switch(model, wanted)
+        clone, lines = switch(model, target, wanted)
         return io.NodeOutput(clone, ui=ui.PreviewText("\n".join(lines) or "No LoRA is switched on."))
 
     @classmethod

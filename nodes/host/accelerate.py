@@ -24,6 +24,7 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward
 from . import folders, notes
+from .lora import LoraTarget, active_adapters, modulation_key
 from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured, run_forward
 
 KEY = "qwen_edit_accelerate"
@@ -64,6 +65,34 @@ def accelerate(model, attention: str):
         comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _TABLES.pop(transformer, None)
     )
     return clone, _lines(dtype, form, activations, choice, kernels)
+
+
+def lora_target(model) -> LoraTarget:
+    """What QwenEditLoraSwitch reads LoRAs for.
+
+    Raises:
+        ValueError: the MODEL does not run our forward, which alone applies them.
+    """
+    transformer = model.get_model_object("diffusion_model")
+    if isinstance(transformer, HostTransformer):
+        return LoraTarget({k: v for k, v in transformer.config.items() if not k.startswith("_")}, transformer.dtype)
+    if not model.get_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY):
+        raise ValueError(
+            f"{INPUT} This MODEL does not run our forward, which alone applies these LoRAs. Put Qwen Edit Accelerate before"
+            " this node, load the model with Qwen Edit Loader, or use ComfyUI's own LoRA loader."
+        )
+    head_dim = transformer.transformer_blocks[0].attn.dim_head
+    config = {
+        "patch_size": transformer.patch_size,
+        "in_channels": transformer.in_channels,
+        "out_channels": transformer.out_channels,
+        "num_layers": len(transformer.transformer_blocks),
+        "attention_head_dim": head_dim,
+        "num_attention_heads": transformer.inner_dim // head_dim,
+        "joint_attention_dim": transformer.txt_in.in_features,
+        "axes_dims_rope": tuple(transformer.pe_embedder.axes_dim),
+    }
+    return LoraTarget(config, model.model.get_dtype_inference())
 
 
 def quantized_form(transformer) -> str | None:
@@ -136,6 +165,12 @@ class AcceleratedForward:
         problems += _replaced_parts(native)
         if getattr(native_forward, "__func__", None) is not NATIVE_FORWARD:
             problems.append("a forward that another pack has put in its place")
+        adapters = active_adapters(native, transformer_options)
+        if problems and adapters:
+            raise ValueError(
+                f"{INPUT} ComfyUI's own forward has to run here, because of {', '.join(problems)}, and it does not apply the"
+                " LoRAs of Qwen Edit LoRA Switch. Use ComfyUI's own LoRA loader for them."
+            )
         if problems:
             self._say_once(f"Runs ComfyUI's own forward, because of {', '.join(problems)}.")
             given = {"control": control, "ref_latents_method": ref_latents_method}
@@ -145,7 +180,9 @@ class AcceleratedForward:
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
         weights = CastWeights(x.device, x.dtype)
-        forward = Forward(self.attention.attend, self.kernels, weights, positions="comfyui", two_streams=self._on_card)
+        forward = Forward(
+            self.attention.attend, self.kernels, weights, adapters, positions="comfyui", two_streams=self._on_card
+        )
         try:
             velocity = run_forward(
                 native,
@@ -158,7 +195,7 @@ class AcceleratedForward:
                 axes_dims=tuple(native.pe_embedder.axes_dim),
                 zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
                 modulation=self._modulation(native),
-                modulation_key=self._inner.current_weight_patches_uuid,
+                modulation_key=(self._inner.current_weight_patches_uuid, modulation_key(transformer_options)),
             )
         finally:
             weights.release()

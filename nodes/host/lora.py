@@ -104,7 +104,15 @@ class LoraStack:
     active: tuple[ActiveLora, ...] = ()
 
 
-def switch(model, wanted: Sequence[tuple[Path, float]]):
+@dataclass(frozen=True)
+class LoraTarget:
+    """What LoRAs are read for: the arguments of diffusers' ``QwenImageTransformer2DModel``, and the dtype of activations."""
+
+    config: Mapping[str, object]
+    dtype: torch.dtype
+
+
+def switch(model, target: LoraTarget, wanted: Sequence[tuple[Path, float]]):
     """A clone of ``model`` with these LoRAs added to those it has already.
 
     Args:
@@ -116,14 +124,13 @@ def switch(model, wanted: Sequence[tuple[Path, float]]):
     Raises:
         ValueError: a file is no LoRA of this model (see ``read_lora``).
     """
-    transformer = model.model.diffusion_model
     clone = model.clone()
     options = clone.model_options["transformer_options"]
     stack: LoraStack = options.get(LORAS, LoraStack())
     patchers = list(clone.get_additional_models_with_key(LORAS))
     lines = []
     for path, strength in wanted:
-        patcher, was_resident = _resident(path, transformer)
+        patcher, was_resident = _resident(path, target)
         lora: ResidentLora = patcher.model
         if strength != 0:
             stack = LoraStack((*stack.active, ActiveLora(lora, strength)))
@@ -134,19 +141,16 @@ def switch(model, wanted: Sequence[tuple[Path, float]]):
     return clone, lines
 
 
-def _resident(path: Path, transformer) -> tuple[ShellPatcher, bool]:
-    config = {k: v for k, v in transformer.config.items() if not k.startswith("_")}
-    dtype = transformer.dtype
-
+def _resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
     def make() -> ShellPatcher:
         return LoraPatcher(
-            ResidentLora(path, config, dtype),
+            ResidentLora(path, target.config, target.dtype),
             load_device=comfy.model_management.get_torch_device(),
             offload_device=comfy.model_management.unet_offload_device(),
         )
 
-    key = (fingerprint([path]), dtype, tuple(sorted((k, str(v)) for k, v in config.items())))
-    return POOL.get(key, make, lambda patcher: patcher.model_size())
+    config = tuple(sorted((k, str(v)) for k, v in target.config.items()))
+    return POOL.get((fingerprint([path]), target.dtype, config), make, lambda patcher: patcher.model_size())
 
 
 def _line(lora: ResidentLora, strength: float, was_resident: bool, size: int) -> str:

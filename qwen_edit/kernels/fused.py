@@ -216,10 +216,10 @@ def qk_norm_rope(
 
 @triton.jit
 def _append_low_rank_kernel(
-    x_ptr, down_ptr, gain_ptr, count, x_stride,
-    K: tl.constexpr, R: tl.constexpr, LIMIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
+    x_ptr, down_ptr, gain_ptr, count, x_stride, K, R,
+    LIMIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    blocks: tl.constexpr = (R + BR - 1) // BR
+    blocks = tl.cdiv(R, BR)
     m = (tl.program_id(0) // blocks) * BM + tl.arange(0, BM)
     r = (tl.program_id(0) % blocks) * BR + tl.arange(0, BR)
     k = tl.arange(0, BK)
@@ -239,17 +239,15 @@ def _append_low_rank_kernel(
 
 def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
     (count, width), rank = x.shape, len(down)
-    many = count > MANY_ROWS
-    rows = 64 if many else 16
-    # many rows: x is read as few times as possible; few: the card's units get something to do
-    block = max(16, min(triton.next_power_of_2(rank), 128 if many else 64))
+    # Many rows: x is read as few times as possible. Few: the card's units get something to do.
+    rows, block = (16, 64) if count <= MANY_ROWS else (64, 64) if rank <= 64 else (64, 128)
     launch(
         _append_low_rank_kernel,
         triton.cdiv(count, rows) * triton.cdiv(rank, block),
         (x, down, gain),
-        (count, x.stride(0)),
+        (count, x.stride(0), width, rank),
         {
-            "K": width, "R": rank, "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
+            "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
             "BK": (128 if block > 64 else 256) // x.element_size(),
         },
         warps=4,

@@ -30,6 +30,8 @@ LORA_TARGETS = [
     for linear in ("attn.to_q", "attn.to_out.0", "img_mlp.net.2", "img_mod.1", "txt_mod.1")
 ]
 LORA_RANK = 4
+SWITCHED = {f"lora_{slot}": "none" for slot in range(2, 5)} | {f"strength_{slot}": 1.0 for slot in range(1, 5)}
+SWITCHED["lora_1"] = LORA
 _nonce = itertools.count(1)
 
 
@@ -177,6 +179,7 @@ def beside(server):
         made.add("over lora", "QwenEditAccelerate", model=["native lora loader", 0], attention="auto"),
     )
     made.sample("fast before lora", made.add("lora over", "LoraLoaderModelOnly", model=FAST, **lora))
+    made.sample("fast switched", made.add("switch", "QwenEditLoraSwitch", model=FAST, **SWITCHED))
     made.sample("native again", PLAIN)
     made.sample("fast again", FAST)
     made.sample("fast twice", made.add("twice", "QwenEditAccelerate", model=FAST, attention="pytorch"))
@@ -223,6 +226,26 @@ def test_a_lora_and_easycache_really_did_something(beside):
     assert difference(beside["native lora"], beside["native"]) > MOVED
     assert difference(beside["native easy 3.0"], beside["native easy 0.0"]) > MOVED
     assert difference(beside["native template"], beside["native"]) > MOVED
+
+
+def test_a_resident_lora_is_the_native_one(beside):
+    """But for the rounding of the weights that ComfyUI patches."""
+    moved = rms(beside["native"], beside["native lora"])
+    assert rms(beside["fast switched"], beside["native lora"]) < 0.03 * moved
+
+
+def test_a_resident_lora_needs_our_forward(client):
+    def switched(model: list, patched: bool = False) -> Graph:
+        made = Samplings()
+        last = made.add("switch", "QwenEditLoraSwitch", model=model, **SWITCHED)
+        made.sample("one", made.add("patch", "ProbePatch", model=last, kind="block") if patched else last)
+        return made.graph
+
+    with pytest.raises(ExecutionFailed, match="Put Qwen Edit Accelerate before this node"):
+        client.run(switched(PLAIN))
+    with pytest.raises(ExecutionFailed, match="double_block patches, and it does not apply the LoRAs"):
+        client.run(switched(FAST, patched=True))
+    client.run(switched(FAST))
 
 
 def test_branches_do_not_disturb_each_other(beside):
