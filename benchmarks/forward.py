@@ -74,11 +74,6 @@ def ours(source: QwenEditTransformer, form: str | None, attention: str) -> QwenE
     return model.eval()
 
 
-def one_stream(model: QwenEditTransformer) -> QwenEditTransformer:
-    model.two_streams = False
-    return model
-
-
 def diffusers_model(source: QwenEditTransformer) -> QwenImageTransformer2DModel:
     """diffusers' class over the same modules."""
     model = QwenImageTransformer2DModel(num_layers=0, zero_cond_t=True)
@@ -182,9 +177,6 @@ def paths(source, options, device):
             made.append((f"native {form or 'bf16'}", lambda form=form: native_transformer(source, form), Case.native))
     for form in (None, *FORMATS):
         made.append((f"ours {form or 'bf16'}", lambda form=form: ours(source, form, "auto"), Case.ours))
-    for form in (None, "fp8"):
-        name = f"ours {form or 'bf16'}, one stream"
-        made.append((name, lambda form=form: one_stream(ours(source, form, "auto")), Case.ours))
     for attention in options.attention.split(",") if options.attention else ():
         assert attention in CHOICES
         for form in (None, "fp8"):

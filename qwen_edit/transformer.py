@@ -42,7 +42,6 @@ from .linear import (
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
 from .rope import Grid, Positions, rope_table
-from .side_stream import ONE_STREAM, OneStream, SideStream, side_stream
 
 __all__ = ["Forward", "LowRank", "QwenEditTransformer", "denoise"]
 
@@ -62,7 +61,6 @@ class Forward:
             the results.
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
-        two_streams: whether the text may run beside the picture, see ``side_stream.py``.
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
     """
 
@@ -73,7 +71,6 @@ class Forward:
     channels: ExtraChannels | None = None
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
-    two_streams: bool = True
     mlp_rows: int | None = None
 
     def operands(self, *modules) -> list[Operand]:
@@ -165,7 +162,6 @@ def block_forward(
     modulations: Callable[[int], tuple[Modulation, Modulation]],
     rope: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
-    beside: SideStream | OneStream = ONE_STREAM,
     output_tokens: int | None = None,
 ) -> None:
     """One double-stream block; both streams are changed.
@@ -173,7 +169,6 @@ def block_forward(
     Args:
         modulations: of a stream (``IMAGE`` or ``TEXT``), around attention and around the MLP.
         rope: the rotary tables ``[2, L, D / 2]`` of both streams.
-        beside: where the text's part runs.
         output_tokens: in the last block: only these leave it, so nothing else is computed after the keys and values.
     """
     attn = block.attn
@@ -187,10 +182,8 @@ def block_forward(
     text_norms = (attn.norm_added_q, attn.norm_added_k)
     image_linears, image_norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
     into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:]
-    with beside():
-        _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
+    _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
     _project(forward, image, block.img_norm1, image_first, image_linears, image_norms, rope[IMAGE], into_image)
-    beside.join()
     q, k, v = joint.unbind(2)
     if output_tokens is not None:
         image.x = image.x[:, :output_tokens]
@@ -198,12 +191,10 @@ def block_forward(
     else:
         out = forward.attend(q, k, v, mask).flatten(2)
         text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
-        with beside():
-            text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
-            _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
+        text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
+        _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
     image.add(_multiply_one(forward, attn.to_out[0], image_out.flatten(0, 1), image.x.dtype), image_first)
     _mlp(forward, image, block.img_norm2, block.img_mlp, image_second)
-    beside.join()
 
 
 def denoise(
@@ -251,19 +242,15 @@ def denoise(
         mask = torch.cat([text_mask.bool(), every_image_token], dim=1)[:, None, None, :]
 
     last = len(model.transformer_blocks) - 1
-    beside = side_stream(image.x.device, image.x.shape[1]) if forward.two_streams else ONE_STREAM
-    try:
-        for index, block in enumerate(model.transformer_blocks):
-            if forward.before_block is not None:
-                forward.before_block(index)
-            modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
-            block_forward(
-                forward, block, image, encoded, modulations, (image_rope, text_rope), mask, beside,
-                output_tokens if index == last else None,
-            )  # fmt: skip
-            forward.weights.release()
-    finally:
-        beside.join()  # cancelled: what runs beside still writes into memory that is about to be let go
+    for index, block in enumerate(model.transformer_blocks):
+        if forward.before_block is not None:
+            forward.before_block(index)
+        modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
+        block_forward(
+            forward, block, image, encoded, modulations, (image_rope, text_rope), mask,
+            output_tokens if index == last else None,
+        )  # fmt: skip
+        forward.weights.release()
 
     final = Modulation(table.final, rows, output_tokens)
     normalized = image.normalized(forward, model.norm_out.norm, final)
@@ -300,7 +287,6 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     modulation: ModulationCache | None = None
     adapters: Adapters = NO_ADAPTERS
     channels: ExtraChannels | None = None
-    two_streams = True
 
     def forward(
         self,
@@ -337,13 +323,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             timestep.to(dtype),  # as diffusers rounds it
             encoder_hidden_states,
             tuple((rows, columns) for _, rows, columns in img_shapes[0]),
-            Forward(
-                self.attention.attend,
-                self.kernels,
-                adapters=self.adapters,
-                channels=self.channels,
-                two_streams=self.two_streams,
-            ),
+            Forward(self.attention.attend, self.kernels, adapters=self.adapters, channels=self.channels),
             axes_dims=tuple(self.config.axes_dims_rope),
             zero_cond_t=self.config.zero_cond_t,
             text_mask=encoder_hidden_states_mask,

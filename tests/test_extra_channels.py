@@ -1,15 +1,21 @@
 """LoRAs as extra channels of the products: the same result as adding them to it, and no trace without them."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from test_linear import IN, OUT, TOKENS, error, exact, linear
 from torch import nn
 
+from qwen_edit.checkpoints import fill, transformer_from_folder
 from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import LowRank, pack
-from qwen_edit.quantize import QuantizedTensor, quantize_weight
-from qwen_edit.transformer import Forward
+from qwen_edit.lora import read_lora
+from qwen_edit.quantize import QuantizedTensor, prepare, quantize_weight
+from qwen_edit.transformer import Forward, QwenEditTransformer
+
+DEMO = Path(__file__).resolve().parents[1] / "demo_model"
 
 BOUNDS = {None: 1e-6, "fp8": 0.05}
 
@@ -152,3 +158,32 @@ def test_an_adapter_too_strong_for_fp8_is_added_afterwards(x):
     (op,) = forward.operands(module)
     assert op.channels is None
     assert forward.prologue([op])["keep"]
+
+
+@pytest.mark.parametrize("name", ["pencil_sketch", "warm_film"])
+@torch.no_grad()
+def test_trained_loras_are_as_exact_as_added_afterwards(name):
+    """The demo model in fp8 with its LoRAs, one forward, against the same without fp8."""
+    source = transformer_from_folder(DEMO)
+    file = read_lora(DEMO / "loras" / f"qwen_edit_demo_{name}.safetensors", source.config)
+    layers = {n: LowRank(layer.a.float(), layer.b.float(), layer.scale) for n, layer in file.layers.items()}
+    generator = torch.Generator().manual_seed(0)
+    latents = torch.randn(1, 2 * 64, 64, generator=generator)
+    text = torch.randn(1, 20, source.config["joint_attention_dim"], generator=generator)
+    results = {}
+    for form in (None, "fp8"):
+        with torch.device("meta"):
+            model = QwenEditTransformer.from_config(dict(source.config))
+        prepare(model, form)
+        fill(model, source, torch.float32, torch.device("cpu"))
+        for channels in (None, ExtraChannels()):
+            model.channels = channels
+            model.adapters = {model.get_submodule(name): [adapter] for name, adapter in layers.items()}
+            shapes = [[(1, 8, 8), (1, 8, 8)]]
+            results[form, channels is not None] = model(
+                latents, text, None, torch.tensor([0.5]), shapes, return_dict=False
+            )[0]
+    exact = results[None, False].double()
+    assert error(results[None, True], exact) < 1e-5
+    assert error(results["fp8", False], exact) > 0.001
+    assert error(results["fp8", True], exact) < 1.15 * error(results["fp8", False], exact)

@@ -131,7 +131,6 @@ class AcceleratedForward:
     def __init__(self, attention: KernelChoice, kernels: FusedKernels, model):
         self.attention, self.kernels = attention, kernels
         self._inner = model.model  # knows which patches are in the weights
-        self._on_card = False  # whether the forward before found all weights on the card
         self._prompt: str | None = None
         self._said: set[tuple[str, str]] = set()  # of this prompt: node and text
 
@@ -180,11 +179,9 @@ class AcceleratedForward:
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
         weights = CastWeights(x.device, x.dtype)
-        forward = Forward(
-            self.attention.attend, self.kernels, weights, adapters, positions="comfyui", two_streams=self._on_card
-        )
+        forward = Forward(self.attention.attend, self.kernels, weights, adapters, positions="comfyui")
         try:
-            velocity = run_forward(
+            return run_forward(
                 native,
                 forward,
                 (x, *references),
@@ -199,8 +196,6 @@ class AcceleratedForward:
             )
         finally:
             weights.release()
-        self._on_card = weights.on_card
-        return velocity
 
     def _modulation(self, native) -> ModulationCache | None:
         """Tables of earlier calls; None where nothing names the weights that they would have been made with."""
@@ -228,16 +223,10 @@ def _replaced_parts(native) -> list[str]:
 
 
 class CastWeights:
-    """Weights of ComfyUI's modules as its own linears get them; held until ``release``.
-
-    Those that ComfyUI has to bring come on the stream that this was made on, because its buffers know of no other.
-    ``on_card`` says whether none had to.
-    """
+    """Weights of ComfyUI's modules as its own linears get them; held until ``release``."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
         self.device, self.dtype = device, dtype
-        self.on_card = True
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._held: list[tuple] = []
         self._paged: list[tuple] = []
 
@@ -247,18 +236,10 @@ class CastWeights:
         # a tensor of another kind (GGUF), a smoothed input or a LoRA that bypasses the weight: the module's own business
         known = quantized or type(weight) in (torch.Tensor, torch.nn.Parameter)
         if not known or not hasattr(module, "comfy_cast_weights") or runs_itself(module) or _asks_for_more(module):
-            self.on_card = False
             return None
         dtype = weight.dtype if quantized else self.dtype
         if (resident := self._resident(module, dtype)) is not None:
             return resident
-        with torch.cuda.stream(self._stream):
-            brought = self._bring(module, dtype, quantized)
-        if self._stream is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._stream)
-        return brought
-
-    def _bring(self, module, dtype: torch.dtype, quantized: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
         cast, bias, stream = comfy.ops.cast_bias_weight(
             module,
             dtype=dtype,
@@ -269,7 +250,6 @@ class CastWeights:
             want_requant=quantized,
         )
         if stream[0] is not None:  # came over the bus into a buffer that the next one will overwrite
-            self.on_card = False
             copies = cast.clone(), None if bias is None else bias.clone()
             comfy.ops.uncast_bias_weight(module, cast, bias, stream)
             return copies

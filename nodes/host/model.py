@@ -134,7 +134,6 @@ class HostTransformer(QwenEditTransformer):
                 channels=self.channels,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before if self.streamed else None,
-                two_streams=not self.streamed,
             )
             return run_forward(
                 self,
