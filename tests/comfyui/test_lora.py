@@ -186,7 +186,7 @@ for name in linears:
     for key in (name, f"transformer.{name}", f"diffusion_model.{name}", f"lora_unet_{flat}", f"lycoris_{flat}"):
         names[key] = name
 for path in folder.glob("*.safetensors"):
-    patches = comfy.lora.load_lora(comfy.utils.load_torch_file(path), names)
+    patches = comfy.lora.load_lora(comfy.utils.load_torch_file(str(path)), names)
     deltas = {
         name: adapter.calculate_weight(torch.zeros(linears[name]), name, 1.0, 1.0, None, lambda a: a)
         for name, adapter in patches.items()
