@@ -56,7 +56,7 @@ class ResidentLora(torch.nn.Module):
         return len(self.weights) == 0
 
     def fill(self, device: torch.device) -> None:
-        file = read_lora(self.path, self.model_config)
+        file = read_lora(self.path, self.model_config, self.dtype)
         self.skipped = file.skipped
         for name, layer in file.layers.items():
             key = name.replace(".", "/")  # ParameterDict takes no dots

@@ -1,13 +1,18 @@
 """LoRAs on the real server: switched, stacked, in two branches, beside ComfyUI's own loader."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from comfy_process import run_in_comfyui
 from edits import fresh
 from graphs import edit_graph, node
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from test_sameness import DEMO
 
 from qwen_edit.checkpoints import transformer_from_folder
+from qwen_edit.lora import read_lora
 from qwen_edit.transformer import QwenEditTransformer
 
 TARGETS = ("attn.to_q", "attn.to_out.0", "img_mlp.net.2", "img_mod.1")
@@ -16,8 +21,6 @@ RANK = 4
 
 def lora_state(seed: int, dotted: str = "transformer.{}.lora_{}.weight", strength: float = 4.0) -> dict:
     """A random LoRA of the demo model's shape; the key style is a parameter."""
-    from test_sameness import DEMO
-
     with torch.device("meta"):
         model = QwenEditTransformer.from_config(dict(transformer_from_folder(DEMO).config))
     generator = torch.Generator().manual_seed(seed)
@@ -30,6 +33,60 @@ def lora_state(seed: int, dotted: str = "transformer.{}.lora_{}.weight", strengt
                 scale = strength / shape[1] ** 0.5
                 state[dotted.format(name, part)] = torch.randn(shape, generator=generator) * scale
     return state
+
+
+def model_linears() -> dict[str, tuple[int, int]]:
+    """The targets in the demo model and their shapes ``[out, in]``."""
+    with torch.device("meta"):
+        model = QwenEditTransformer.from_config(dict(transformer_from_folder(DEMO).config))
+    names = [f"transformer_blocks.{block}.{target}" for block in range(model.config.num_layers) for target in TARGETS]
+    return {name: tuple(model.get_submodule(name).weight.shape) for name in names}
+
+
+def product_state(shapes, dotted: str, alpha: float | None) -> dict:
+    """Random factors of the parts and shapes that ``shapes(out, in)`` names, for each target."""
+    generator = torch.Generator().manual_seed(7)
+    state = {}
+    for name, (rows, columns) in model_linears().items():
+        key = dotted.format(name, name.replace(".", "_"))
+        for part, shape in shapes(rows, columns).items():
+            state[f"{key}.{part}"] = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+        if alpha is not None:
+            state[f"{key}.alpha"] = torch.tensor(alpha)
+    return state
+
+
+def loha_state(rank: int = 3, dotted: str = "lora_unet_{1}", alpha: float | None = 9.0) -> dict:
+    def shapes(rows, columns):
+        return {f"hada_w{i}_{side}": (rows, rank) if side == "a" else (rank, columns) for i in (1, 2) for side in "ab"}
+
+    return product_state(shapes, dotted, alpha)
+
+
+def lokr_state(factored=(False, True), dotted: str = "diffusion_model.{0}", alpha: float | None = 4.0) -> dict:
+    def shapes(rows, columns):
+        result = {}
+        for i, (m, n) in enumerate(((4, 4), (rows // 4, columns // 4)), start=1):
+            if factored[i - 1]:
+                result |= {f"lokr_w{i}_a": (m, 2), f"lokr_w{i}_b": (2, n)}
+            else:
+                result[f"lokr_w{i}"] = (m, n)
+        return result
+
+    return product_state(shapes, dotted, alpha)
+
+
+PRODUCTS = {
+    "loha": loha_state(),
+    "loha bare without alpha": loha_state(2, "{0}", None),
+    "loha diffusers": loha_state(4, "transformer.{0}"),
+    "lokr": lokr_state(),
+    "lokr kohya": lokr_state((False, True), "lora_unet_{1}", 1.0),
+    "lokr diffusers, both": lokr_state((True, True), "transformer.{0}"),
+    "lokr SimpleTuner": lokr_state((True, True), "lycoris_{1}", None),
+    "lokr, left factored": lokr_state((True, False)),
+    "lokr, none factored": lokr_state((False, False)),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -115,10 +172,55 @@ def test_alpha_scales_and_native_loader_agrees(client, graph):
     assert np.abs(picture_of(client, stacked) - full).max() <= 2 / 255
 
 
-def _bad(change) -> dict:
-    state = lora_state(5)
-    change(state)
-    return state
+DELTAS = """
+import json
+import comfy.lora
+import comfy.utils
+from safetensors.torch import save_file
+
+folder = Path(FOLDER)
+linears = json.loads((folder / "linears.json").read_text())
+names = {}
+for name in linears:
+    flat = name.replace(".", "_")
+    for key in (name, f"transformer.{name}", f"diffusion_model.{name}", f"lora_unet_{flat}", f"lycoris_{flat}"):
+        names[key] = name
+for path in folder.glob("*.safetensors"):
+    patches = comfy.lora.load_lora(comfy.utils.load_torch_file(str(path)), names)
+    deltas = {
+        name: adapter.calculate_weight(torch.zeros(linears[name]), name, 1.0, 1.0, None, lambda a: a)
+        for name, adapter in patches.items()
+    }
+    save_file(deltas, path.with_suffix(".deltas"))
+"""
+
+
+def test_products_make_the_differences_of_comfyuis_adapters(host, tmp_path):
+    linears = model_linears()
+    (tmp_path / "linears.json").write_text(json.dumps(linears))
+    for name, state in PRODUCTS.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    run_in_comfyui(host, f"FOLDER = {str(tmp_path)!r}\n" + DELTAS)
+    config = dict(transformer_from_folder(DEMO).config)
+    for name in PRODUCTS:
+        expected = load_file(tmp_path / f"{name}.deltas")
+        ours = read_lora(tmp_path / f"{name}.safetensors", config).layers
+        assert ours.keys() == expected.keys() == linears.keys()
+        for module, layer in ours.items():
+            assert (layer.scale * layer.b @ layer.a - expected[module]).norm() <= 1e-5 * expected[module].norm()
+
+
+@pytest.mark.parametrize("kind", ["loha", "lokr"])
+def test_the_picture_with_a_product_is_that_of_the_native_loader(client, graph, models, kind):
+    save_file(PRODUCTS[kind], models / "loras" / f"{kind}.safetensors")
+    native = dict(graph)
+    native["native"] = node(
+        "LoraLoaderModelOnly", model=["loader", 0], lora_name=f"{kind}.safetensors", strength_model=1.0
+    )
+    native["sampler"] = node("QwenEditSampler", **graph["sampler"]["inputs"] | {"model": ["native", 0]})
+    ours = picture_of(client, with_switch(graph, lora_1=f"{kind}.safetensors"))
+    assert np.abs(picture_of(client, native) - ours).max() <= 2 / 255
+    assert np.abs(ours - picture_of(client, graph)).max() > 5 / 255
 
 
 KEY = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
@@ -129,7 +231,8 @@ BAD = {
     "of rank zero": (lambda s: s | {KEY: s[KEY][:0].clone()}, "rank zero"),
     "of another width": (lambda s: s | {KEY: s[KEY][:, :8].clone()}, "needs"),
     "without counterpart": (lambda s: {k: v for k, v in s.items() if k != KEY}, "no counterpart"),
-    "of kind LoKr": (lambda s: {"transformer.transformer_blocks.0.attn.to_q.lokr_w1": torch.zeros(2, 2)}, "kind"),
+    "of kind DoRA": (lambda s: s | {KEY.replace("lora_A.weight", "dora_scale"): torch.zeros(4)}, "kind"),
+    "of high rank": (lambda s: loha_state(rank=32), "rank 1024"),
 }
 
 
