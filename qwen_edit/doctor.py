@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+NO_MARK = "the missing mark"  # ModelFacts.version_by of ComfyUI's own loaders for a file without one
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -136,6 +138,18 @@ def _mark_missing(facts: ModelFacts) -> Finding | None:
     )
 
 
+def _mark_ignored(facts: ModelFacts) -> Finding | None:
+    """The same from the other side: a MODEL of ComfyUI's own loaders, with our forward put in by QwenEditAccelerate."""
+    if facts.version_by != NO_MARK or "2511" not in facts.model:
+        return None
+    return Finding(
+        "mark-ignored",
+        "warning",
+        f"{facts.model} says 2511 by its name and lacks the mark, so ComfyUI's loader runs it as {facts.version}; load it"
+        " with Qwen Edit Loader, which goes by the name too.",
+    )
+
+
 def _attention_fell_back(facts: ModelFacts) -> Finding | None:
     """``attention.resolve`` tried it with a real call and took another."""
     if not facts.attention_fell_back:
@@ -145,7 +159,7 @@ def _attention_fell_back(facts: ModelFacts) -> Finding | None:
     else:
         what = (
             f"attention {facts.attention} runs instead of {facts.attention_wanted}: {facts.attention_why}. Choose"
-            f" attention 'auto' on the loader, or make {facts.attention_wanted} run."
+            f" attention 'auto', or make {facts.attention_wanted} run."
         )
     return Finding("attention-fell-back", "warning", what)
 
@@ -177,7 +191,7 @@ def _sage(facts: ModelFacts) -> Finding | None:
         "sage",
         "note",
         "sage attention computes in 8 bit and is often blamed for black pictures of this model; if you see artefacts,"
-        " choose attention 'pytorch' on the loader.",
+        " choose attention 'pytorch'.",
     )
 
 
@@ -310,6 +324,7 @@ def _vae_statistics(facts: VaeFacts) -> Finding | None:
 MODEL_RULES: tuple[Callable[[ModelFacts], Finding | None], ...] = (
     _version_guessed,
     _mark_missing,
+    _mark_ignored,
     _attention_fell_back,
     _kernels_fell_back,
     _fp16,

@@ -6,6 +6,7 @@ import pytest
 
 from qwen_edit.doctor import (
     MODEL_RULES,
+    NO_MARK,
     RUN_RULES,
     VAE_RULES,
     LoraFacts,
@@ -46,6 +47,11 @@ LIGHTNING = replace(RUN, steps=4, true_cfg_scale=1.0, loras=(LORA,))
 MODEL_CASES = {
     "version-guessed": ({"version": "2509", "version_by": None}, {"version_by": "model_version"}, "model_version"),
     "mark-missing": ({"version_by": "the file's name"}, {"version_by": "the file's name", "version": "2509"}, "2509"),
+    "mark-ignored": (
+        {"version": "2509", "version_by": NO_MARK},
+        {"version": "2509", "version_by": NO_MARK, "model": "qwen_image_edit_2509_bf16"},
+        "load it with Qwen Edit Loader",
+    ),
     "attention-fell-back": (
         {"attention": "pytorch", "attention_wanted": "sage", "attention_fell_back": True},
         {"attention": "pytorch", "attention_wanted": "pytorch"},

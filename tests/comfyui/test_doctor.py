@@ -7,6 +7,7 @@ import urllib.error
 import urllib.request
 
 import pytest
+import torch
 from array_client import ArrayClient
 from comfy_client import ExecutionFailed
 from comfy_host import PACK_NAME, REPO
@@ -14,9 +15,12 @@ from comfy_process import save_comfyui_vae
 from edits import changed, note, run_fresh, small_edit
 from graphs import loader, node
 from safetensors.torch import save_file
+from test_accelerate import FAST, TEXT_WIDTH, Samplings
 from test_faults import transformer_state
 from test_lora import lora_state, with_switch
 from test_sameness import DEMO
+
+from qwen_edit.transformer import QwenEditTransformer
 
 pytestmark = pytest.mark.server
 LIGHTNING = "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-demo.safetensors"
@@ -129,6 +133,23 @@ def test_a_vae_that_replaces_the_folders_own_and_one_of_another_family(client, h
     assert found(client) == [("vae-family", "encode")]
     assert "connect qwen_image_vae" in doctor(client)["findings"][0]["sentence"]
     assert found(client, run_fresh(client, graph)) == []
+
+
+@pytest.mark.parametrize("marked", [False, True])
+def test_accelerate_tells_of_a_2511_file_that_comfyui_runs_as_2509(client, server, models, marked):
+    torch.manual_seed(0)
+    model = QwenEditTransformer(
+        num_layers=1, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=TEXT_WIDTH
+    )
+    mark = {"__index_timestep_zero__": torch.zeros(0)} if marked else {}
+    name = f"qwen 2511 marked {marked}.safetensors"
+    save_file(model.state_dict() | mark, models / "diffusion_models" / name)
+    made = Samplings(name)
+    made.sample("one", FAST)
+    made.run(client, server)
+    assert found(client) == ([] if marked else [("mark-ignored", "accelerate")])
+    (facts,) = [m for m in doctor(client)["environment"]["models"] if m["model"] == name]
+    assert facts["version"] == ("2511" if marked else "2509")
 
 
 def test_step_preset_tells_it_for_native_samplers(client, graph):
