@@ -11,6 +11,11 @@ async def comfy_entrypoint():
     from .nodes import NODES
 
     class QwenEditFast(ComfyExtension):
+        async def on_load(self):
+            from .nodes.host.doctor import register
+
+            register()
+
         async def get_node_list(self):
             return NODES
 

@@ -2,7 +2,9 @@
 
 from comfy_api.latest import io, ui
 
+from ..qwen_edit.doctor import examine_vae
 from ..qwen_edit.errors import INPUT
+from .host.doctor import report
 from .host.encoding import (
     MAX_PICTURES,
     MAX_SIDE,
@@ -13,6 +15,7 @@ from .host.encoding import (
     leave_card,
     split_batches,
 )
+from .host.vae import vae_facts
 
 
 class QwenEditEncode(io.ComfyNode):
@@ -95,7 +98,7 @@ class QwenEditEncode(io.ComfyNode):
             )
         columns = {"prompt": prompt, "negative": negative, "width": width, "height": height, **given}
         encoder = Encoder(clip[0], vae[0])
-        results, notes = [], []
+        results, notes = [], report(examine_vae(vae_facts(vae[0])))
         for number, row in enumerate(broadcast(columns), 1):
             edit = Edit(
                 prompt=row["prompt"],

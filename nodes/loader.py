@@ -101,10 +101,12 @@ class QwenEditLoader(io.ComfyNode):
         offload="auto",
         model_version="auto",
     ) -> io.NodeOutput:
+        from .host.doctor import report
         from .host.loading import load  # brings diffusers: only when a node runs
 
         loaded = load(LoadRequest(model, text_encoder, vae, profile, precision, attention, offload, model_version))
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(loaded.notes)))
+        lines = [*loaded.notes[:1], *report(loaded.findings), *loaded.notes[1:]]
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(lines)))
 
     @classmethod
     def fingerprint_inputs(cls, model, text_encoder, vae, **_):

@@ -93,8 +93,9 @@ class QwenEditSampler(io.ComfyNode):
         from .host import sampling  # brings diffusers: only when a node runs
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
+        findings = sampling.examine(model, recipe)
         result = sampling.sample(model, positive, negative, latent, recipe, seed)
-        return io.NodeOutput(result, ui=ui.PreviewText(summary(recipe)))
+        return io.NodeOutput(result, ui=ui.PreviewText("\n".join([summary(recipe), *findings])))
 
 
 class QwenEditStepPreset(io.ComfyNode):
@@ -125,5 +126,7 @@ class QwenEditStepPreset(io.ComfyNode):
         from .host import sampling
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
+        findings = sampling.examine(model, recipe)
         prepared, sigmas = sampling.apply_recipe(model, latent, recipe)
-        return io.NodeOutput(prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=ui.PreviewText(summary(recipe)))
+        text = "\n".join([summary(recipe), *findings])
+        return io.NodeOutput(prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=ui.PreviewText(text))

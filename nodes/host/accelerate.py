@@ -17,6 +17,7 @@ from comfy_aimdo import model_vbar
 from comfy_execution.utils import get_executing_context
 
 from ...qwen_edit.attention import CHOICES, KernelChoice, resolve
+from ...qwen_edit.doctor import examine_model
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.linear import runs_itself
@@ -25,6 +26,8 @@ from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward
 from . import folders, notes
 from .lora import LoraTarget, active_adapters, modulation_key
+from .doctor import keep_facts, report
+from .facts import native_model_facts
 from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured, run_forward
 
 KEY = "qwen_edit_accelerate"
@@ -64,7 +67,9 @@ def accelerate(model, attention: str):
     clone.add_callback_with_key(
         comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _TABLES.pop(transformer, None)
     )
-    return clone, _lines(dtype, form, activations, choice, kernels)
+    facts = native_model_facts(dtype, transformer.default_ref_method == REFERENCE_TIMESTEP_ZERO, choice, kernels)
+    keep_facts(model.model, facts)
+    return clone, [_summary(dtype, form, activations, choice, kernels), *report(examine_model(facts))]
 
 
 def lora_target(model) -> LoraTarget:
@@ -109,20 +114,15 @@ def _activations(transformer, device: torch.device, dtype: torch.dtype) -> torch
     return wanted if wanted is not None and multiplies(device, wanted, dtype) else None
 
 
-def _lines(
+def _summary(
     dtype: torch.dtype, form: str | None, activations: torch.dtype | None, choice: KernelChoice, kernels: FusedKernels
-) -> list[str]:
+) -> str:
     what = str(dtype).removeprefix("torch.")
     if form is not None:
         what += f", weights {form}"
         if activations is None:
             what += " (multiplied by ComfyUI)"
-    lines = [f"{what}, attention {choice.name}, kernels {kernels.name}"]
-    if choice.fell_back:
-        lines.append(f"Warning: attention {choice.name} runs instead of {choice.wanted}: {choice.why}")
-    if kernels.fell_back:
-        lines.append(f"Warning: {kernels.why}. The forward is slower.")
-    return lines
+    return f"{what}, attention {choice.name}, kernels {kernels.name}"
 
 
 class AcceleratedForward:

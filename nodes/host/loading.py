@@ -14,11 +14,13 @@ from ...qwen_edit.checkpoints import (
     TransformerSource,
     block_bytes,
     fingerprint,
+    is_edit_folder,
     read_header,
     transformer_from_file,
     transformer_from_folder,
     weight_files,
 )
+from ...qwen_edit.doctor import Finding, examine_model, examine_vae
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.packed import PACKED
@@ -34,11 +36,13 @@ from ...qwen_edit.quantize import stored_bytes
 from ...qwen_edit.stored_weights import families
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
+from .doctor import keep_facts
+from .facts import model_facts
 from .memory import Owner, ShellPatcher
 from .model import make_model
 from .prompts import ask_for_bfloat16
 from .request import OFFLOAD, VERSIONS, LoadRequest
-from .vae import load_single_vae, load_vae, statistics
+from .vae import load_single_vae, load_vae, statistics, vae_facts
 
 # Where files that hold everything have the parts besides the transformer (comfy/supported_models.py QwenImage).
 ENCODER_PREFIX, VAE_PREFIX = "text_encoders.", "vae."
@@ -46,12 +50,14 @@ ENCODER_PREFIX, VAE_PREFIX = "text_encoders.", "vae."
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the loader hands out; ``notes`` are shown on the node. Without a ``clip`` another node brings one."""
+    """What the loader hands out; ``notes`` are shown on the node, and after the first of them the ``findings``. Without a
+    ``clip`` another node brings one."""
 
     model: ShellPatcher
     clip: comfy.sd.CLIP | None
     vae: comfy.sd.VAE
     notes: tuple[str, ...]
+    findings: tuple[Finding, ...]
 
     @property
     def nbytes(self) -> int:
@@ -142,6 +148,10 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
         model = make_model(source, precision, latents, attention, kernels, stream=True)
     clip = None if encoder is None else _clip(request, encoder)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(request, vae_path)
+    facts = model_facts(source, precision, attention, kernels)
+    keep_facts(model.model, facts)
+    own = source.label if _replaces_own_statistics(source, vae_path) else None
+    findings = examine_model(facts) + examine_vae(vae_facts(vae, vae_path.name, own))
     notes = _notes(source, precision, attention, kernels, model)
     if clip is not None and encoder is not None and not encoder.is_dir() and ask_for_bfloat16(clip):
         notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
@@ -150,7 +160,13 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
             f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
             " card, so its blocks are streamed from RAM one by one. That is slow."
         )
-    return Loaded(model, clip, vae, tuple(notes))
+    return Loaded(model, clip, vae, tuple(notes), findings)
+
+
+def _replaces_own_statistics(source: TransformerSource, vae: Path) -> bool:
+    """Whether the model is a folder whose VAE has latent statistics of its own, and another VAE stands in for it."""
+    folder = next(iter(source.tensors.values()))[0].parent.parent
+    return is_edit_folder(folder) and folder != vae and statistics(folder) is not None
 
 
 def _too_large(model: ShellPatcher, device: torch.device) -> bool:
@@ -224,22 +240,9 @@ def _notes(
         f"{source.label} ({version}{by}), {precision.name}, {weights_size(model) / 2**30:.2f} GiB, attention {attention.name},"
         f" kernels {kernels.name}"
     ]
-    if source.version_by is None:
-        notes.append(
-            "Warning: nothing in this file or its name says whether it is 2511 or 2509, so it runs as 2509. If it is 2511,"
-            " choose that as model_version."
-        )
     notes += _precision_notes(source, precision)
-    if attention.fell_back and attention.wanted != "auto":
-        notes.append(f"Warning: attention {attention.name} runs instead of {attention.wanted}: {attention.why}")
-    elif attention.fell_back:
-        notes.append(f"Warning: attention {attention.name} was chosen automatically: {attention.why}")
-    else:
+    if not attention.fell_back:
         notes.append(f"Attention {attention.name}: {attention.why}")
-    if kernels.fell_back:
-        notes.append(f"Warning: {kernels.why}. The forward is slower.")
-    if precision.dtype == torch.float16:
-        notes.append("Warning: fp16 overflows in this model on many pictures; a result with NaN is refused.")
     return notes
 
 

@@ -10,10 +10,24 @@ import torch
 from comfy_extras.nodes_cfg import CFGNorm
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
+from ...qwen_edit.doctor import examine_model, examine_run
 from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
+from .doctor import report
+from .facts import facts_of_model, run_facts
 from .model import STEPS, HostTransformer, KnownSteps, with_positions
+
+
+def examine(model, recipe: Recipe) -> list[str]:
+    """The doctor's lines for the node that samples by this recipe, or prepares it.
+
+    Raises:
+        ValueError: the MODEL is of another family.
+    """
+    require_ours(model)
+    facts = facts_of_model(model)
+    return report(examine_run(run_facts(model, recipe)), unseen=examine_model(facts))
 
 
 def apply_recipe(model, latent: dict, recipe: Recipe):

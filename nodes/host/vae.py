@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from ...qwen_edit.checkpoints import check_names, read_config, read_header, weight_files
+from ...qwen_edit.doctor import VaeFacts
 from ...qwen_edit.errors import WEIGHTS
 from .picture_vae import run_pictures_in_2d
 
@@ -56,6 +57,17 @@ def load_single_vae(path: Path, prefix: str = "") -> comfy.sd.VAE:
             f" {type(vae.first_stage_model).__module__}. Choose qwen_image_vae.safetensors."
         )
     return _for_pictures(vae)
+
+
+def vae_facts(vae, name: str | None = None, replaces_that_of: str | None = None) -> VaeFacts:
+    """What the doctor goes by; of any VAE of ComfyUI.
+
+    Args:
+        name, replaces_that_of: see ``VaeFacts``.
+    """
+    network = vae.first_stage_model
+    ours = isinstance(network, comfy.ldm.wan.vae.WanVAE) and vae.latent_channels == 16
+    return VaeFacts(name, f"{type(network).__module__}.{type(network).__name__}", ours, replaces_that_of)
 
 
 def _for_pictures(vae: comfy.sd.VAE) -> comfy.sd.VAE:
