@@ -25,9 +25,9 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward
 from . import folders, notes
-from .lora import LoraTarget, active_adapters, modulation_key
 from .doctor import keep_facts, report
 from .facts import native_model_facts
+from .lora import LoraTarget, active_adapters, modulation_key
 from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured, run_forward
 
 KEY = "qwen_edit_accelerate"
