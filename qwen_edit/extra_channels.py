@@ -34,12 +34,12 @@ MOST_CHANNELS = 4  # for each rank; an adapter that needs more is added to the r
 @dataclass(frozen=True)
 class _Prepared:
     """One adapter as the product takes it, in c channels: ``a`` ``[c, K]``, ``b`` ``[N, c]``, ``gain`` ``[c]``. In fp8 made for
-    one weight, and for strengths up to ``level``."""
+    one weight, known by its ``scale``, and for strengths up to ``level``."""
 
     a: torch.Tensor
     b: torch.Tensor
     gain: torch.Tensor
-    weight: weakref.ref | None = None
+    scale: torch.Tensor | None = None  # held, so that no other can come to lie at its address
     level: int = 0
 
 
@@ -49,7 +49,7 @@ class _Laid:
 
     at: int  # the weight's address
     counts: list[list[int]]  # channels of each module's adapters
-    sources: list[torch.Tensor]  # the B that was made of each adapter
+    sources: list[weakref.ref[_Prepared]]  # gone when its LoRA has left the card
     scales: list[float]
     channels: Channels
 
@@ -75,7 +75,7 @@ class ExtraChannels:
         laid = self._laid.get(op.modules[0])
         if laid is not None and (laid.at != op.weight.data_ptr() or _room(op.weight) < len(laid.channels.gain)):
             laid = None
-        if laid is None or not _same(laid.sources, [p.b for p in parts]):
+        if laid is None or not _same(laid.sources, parts):
             self._laid.pop(op.modules[0], None)  # until the end nothing is certain
             op, laid = _lay(op, prepared, scales, laid)
             self._laid[op.modules[0]] = laid
@@ -84,9 +84,13 @@ class ExtraChannels:
             laid.scales = scales
         return replace(op, channels=laid.channels)
 
+    def clear(self) -> None:
+        """Forget what was laid out; the weights have left, or were dropped."""
+        self._laid.clear()
 
-def _same(ones: Sequence[torch.Tensor], others: Sequence[torch.Tensor]) -> bool:
-    return len(ones) == len(others) and all(one is other for one, other in zip(ones, others, strict=True))
+
+def _same(sources: Sequence[weakref.ref[_Prepared]], parts: Sequence[_Prepared]) -> bool:
+    return len(sources) == len(parts) and all(s() is p for s, p in zip(sources, parts, strict=True))
 
 
 def _suits(op: Operand) -> bool:
@@ -119,7 +123,7 @@ def _lay(
             channel += len(p.gain)
         row += width
     channels = Channels(_side_by_side([p.a for p in parts], total), _gains(parts, scales, total))
-    return op, _Laid(weight.data_ptr(), counts, [p.b for p in parts], scales, channels)
+    return op, _Laid(weight.data_ptr(), counts, [weakref.ref(p) for p in parts], scales, channels)
 
 
 def _with_room(op: Operand, channels: int) -> Operand:
@@ -152,18 +156,18 @@ def _prepared(op: Operand, mine: Sequence[Sequence[LowRank]]) -> list[list[_Prep
     dtype = op.weight.dtype
     scales = [None] * len(op.modules) if op.scale is None else op.scale.split(op.widths)
     result = []
-    for each, scale, module in zip(mine, scales, op.modules, strict=True):
-        result.append([_prepared_one(adapter, dtype, scale, module) for adapter in each])
+    for each, scale in zip(mine, scales, strict=True):
+        result.append([_prepared_one(adapter, dtype, scale) for adapter in each])
         if any(len(p.gain) > MOST_CHANNELS * len(a.a) for p, a in zip(result[-1], each, strict=True)):
             return None
     return result
 
 
-def _prepared_one(adapter: LowRank, dtype: torch.dtype, scale: torch.Tensor | None, module) -> _Prepared:
+def _prepared_one(adapter: LowRank, dtype: torch.dtype, scale: torch.Tensor | None) -> _Prepared:
     """Kept with the adapter, because it takes a dozen operations.
 
     Args:
-        scale: of the rows of the module's weight, ``[N, 1]``.
+        scale: of the rows of the weight, ``[N, 1]``.
     """
     found: _Prepared | None = adapter.derived.get(dtype)
     if scale is None:
@@ -172,13 +176,14 @@ def _prepared_one(adapter: LowRank, dtype: torch.dtype, scale: torch.Tensor | No
             found = _Prepared(adapter.a.to(dtype), adapter.b.to(dtype), ones)
     else:
         level = max(1, math.ceil(abs(adapter.scale)))
-        if found is None or found.level != level or found.weight is None or found.weight() is not module.weight:
-            found = _in_fp8(adapter, scale, module.weight, level)
+        made_for = None if found is None or found.scale is None else found.scale.data_ptr()
+        if found is None or found.level != level or made_for != scale.data_ptr():
+            found = _in_fp8(adapter, scale, level)
     adapter.derived[dtype] = found
     return found
 
 
-def _in_fp8(adapter: LowRank, scale: torch.Tensor, weight: torch.Tensor, level: int) -> _Prepared:
+def _in_fp8(adapter: LowRank, scale: torch.Tensor, level: int) -> _Prepared:
     rank, width = adapter.a.shape
     rows = quantize_rows(adapter.a, FP8)
     assert rows.scale is not None
@@ -186,6 +191,8 @@ def _in_fp8(adapter: LowRank, scale: torch.Tensor, weight: torch.Tensor, level: 
     gain = REACH / (width**0.5 * length)
     b = adapter.b.float() * (rows.scale.flatten() * level / gain) / scale
     share = (b.abs().amax(dim=0) / LARGEST).ceil().clamp(1, MOST_CHANNELS * rank + 1)
+    if share.sum() > MOST_CHANNELS * rank:  # only its length is asked for
+        return _Prepared(rows.data, rows.data, gain.new_zeros(MOST_CHANNELS * rank + 1), scale, level)
     of = torch.arange(rank, device=b.device).repeat_interleave(share.long())
     b = (b / share)[:, of].clamp(-LARGEST, LARGEST).to(FP8)
-    return _Prepared(rows.data.view(torch.uint8)[of].view(FP8), b, (gain / level)[of], weakref.ref(weight), level)
+    return _Prepared(rows.data.view(torch.uint8)[of].view(FP8), b, (gain / level)[of], scale, level)

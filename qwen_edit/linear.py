@@ -240,8 +240,9 @@ def multiply_gelu(
     in_half = rows.data.is_cuda and prologue["quantize"] is None and dtype != torch.float32
     added = op.modules[0] in adapters and op.channels is None  # something is still to be added to the result
     if in_half and op.weight is not None and op.bias is not None and op.scale is None and not added:
-        whole, x, _ = _with_channels(op, rows, kernels)
+        whole, x, in_channels = _with_channels(op, rows, kernels)
         assert whole.weight is not None
+        assert in_channels == (op.channels is not None)  # rows in half precision always have room
         # cuBLASLt's epilogue, which is the tanh form
         return Rows(torch._addmm_activation(op.bias, x, whole.weight.t(), use_gelu=True))
     return kernels.gelu(multiply(op, rows, dtype, adapters, kernels), **prologue)

@@ -121,6 +121,26 @@ def test_a_weight_that_was_replaced(form, x):
     assert error(product(x, channels, adapters, module), exact(seen(x, form), module, adapters=adapters)) < BOUNDS[form]
 
 
+def test_weights_can_be_moved_while_they_are_in_use(form, x):
+    module = linear(form)
+    channels, adapters = ExtraChannels(), {module: [low_rank(4, 1)]}
+    before = product(x, channels, adapters, module)
+    module._apply(torch.clone)  # what moving to another device does: swaps the tensors, or their data
+    assert torch.equal(product(x, channels, adapters, module), before)
+    channels.clear()
+    assert torch.equal(product(x, channels, adapters, module), before)
+
+
+def test_nothing_keeps_a_lora_that_has_left(x):
+    module = linear("fp8")
+    channels, adapter = ExtraChannels(), low_rank(4, 1)
+    product(x, channels, {module: [adapter]}, module)
+    adapter.derived.clear()
+    assert all(source() is None for laid in channels._laid.values() for source in laid.sources)
+    expected = exact(x, module, adapters={module: [adapter]})
+    assert error(product(x, channels, {module: [adapter]}, module), expected) < BOUNDS["fp8"]
+
+
 def test_rows_without_room_get_the_term_afterwards(x):
     module = linear(None)
     adapters = {module: [low_rank(4, 1)]}

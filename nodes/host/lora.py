@@ -57,7 +57,7 @@ class ResidentLora(torch.nn.Module):
 
     def fill(self, device: torch.device) -> None:
         file = read_lora(self.path, self.model_config, self.dtype)
-        self.skipped = file.skipped
+        self.skipped, self.scales = file.skipped, {}
         for name, layer in file.layers.items():
             key = name.replace(".", "/")  # ParameterDict takes no dots
             for part, tensor in (("a", layer.a), ("b", layer.b)):

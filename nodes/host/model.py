@@ -58,6 +58,12 @@ class HostTransformer(QwenEditTransformer):
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
     streamed = False  # whether the blocks stay in RAM between their turns
 
+    def forget(self) -> None:
+        """Let go of what was made of the weights: they leave the card, or are dropped."""
+        self.modulation.clear()
+        if self.channels is not None:
+            self.channels.clear()
+
     @property
     def dtype(self) -> torch.dtype:
         """ComfyUI asks several times a step; diffusers' own answer walks through all modules."""
@@ -322,7 +328,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
 
     def empty(self) -> None:
         self._pins.release()
-        self.diffusion_model.modulation.clear()
+        self.diffusion_model.forget()
         unpatch(self.diffusion_model)
         drop_weights(self.diffusion_model, self.diffusion_model.precision.dtype)
 

@@ -75,7 +75,7 @@ class TransformerPatcher(ShellPatcher):
             unpatch(self.model.diffusion_model)
             self.model.diffusion_model.weights_version = None
             if device_to is not None and not self._stay:  # the tables leave the card with the weights
-                self.model.diffusion_model.modulation.clear()
+                self.model.diffusion_model.forget()
 
 
 class StreamingPatcher(TransformerPatcher):
