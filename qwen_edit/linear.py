@@ -152,8 +152,8 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         if part.stride() != first.stride() or row < dense or (part.ndim > 1 and part.stride(-1) != 1):
             return None
-        at += len(part) * row
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+        at += part.shape[0] * row
+    return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride())
 
 
 def pack(linears: Sequence[Any]) -> None:
@@ -229,7 +229,7 @@ def _with_channels(op: Operand, rows: Rows, kernels: FusedKernels) -> tuple[Oper
     if op.channels is None or op.weight is None or rows.room < op.room:
         return op, rows.data if op.scale is not None else rows.unquantized, False
     x = kernels.append_low_rank(rows.data, op.channels.down, op.channels.gain)
-    weight = op.weight.as_strided((len(op.weight), x.shape[1]), op.weight.stride())
+    weight = op.weight.as_strided((op.weight.shape[0], x.shape[1]), op.weight.stride())
     return replace(op, weight=weight), x, True
 
 
