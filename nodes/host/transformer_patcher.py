@@ -57,7 +57,16 @@ class TransformerPatcher(ShellPatcher):
         comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).to("cpu"))
         return None
 
+    def model_state_dict(self, filter_prefix=None):
+        self.model.diffusion_model.fused.restore()  # for merging, saving and hooks: the weights themselves
+        return super().model_state_dict(filter_prefix)
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        self.model.diffusion_model.fused.restore()
+        return super().model_state_dict_for_saving(model, prefix)
+
     def patch_hooks(self, hooks):
+        self.model.diffusion_model.fused.drop()  # the weights become others
         form = self.model.diffusion_model.precision.form
         if form is not None and self.get_combined_hook_patches(hooks):
             raise ValueError(  # it would put the numbers back, but not their scales
@@ -70,6 +79,8 @@ class TransformerPatcher(ShellPatcher):
         self.model.diffusion_model.weights_version = version
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
+        if unpatch_weights:
+            self.model.diffusion_model.fused.drop()  # our LoRAs lie on top of ComfyUI's patches
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
             unpatch(self.model.diffusion_model)
