@@ -6,7 +6,7 @@
 Engines: the pack in bf16, and in fp8 quantized from the same bf16 file; ComfyUI's own nodes with the bf16 file and with
 a file in the form of the official fp8mixed one; the latter two with QwenEditAccelerate. Every edit has a new picture and
 a new prompt, so nothing is cached but the weights. "Lightning 4" runs 4 steps without guidance, as a checkpoint with
-Lightning fused does; "with LoRA" adds one of rank 64 on every linear of the blocks. The first edit of each engine
+Lightning fused does; "with LoRA" adds one of rank 64 on every linear of the blocks ("fused": in the weights, by the switch's mode). The first edit of each engine
 includes reading the weights ("cold"), the second shows what is left to warm up. All graphs hold a QwenEditPerfLogger,
 whose record gives stages and steps.
 """
@@ -36,6 +36,7 @@ from qwen_edit.perf import read_records, stage_table
 ENGINES = ("pack bf16", "pack fp8", "native bf16", "native fp8", "accelerate bf16", "accelerate fp8")
 PRESETS = {"standard": (40, 4.0), "Lightning 4": (4, 1.0)}
 WITH_LORA = ", with LoRA"
+FUSED = ", fused"  # the LoRA in the weights
 LORA = "random_rank64.safetensors"
 SLOTS = 4  # of QwenEditLoraSwitch
 
@@ -49,14 +50,15 @@ def picture(number: int, side: int) -> np.ndarray:
 
 def graph(engine: str, image: str, prompt: str, case: str, steps: int, side: int) -> dict[str, Any]:
     kind, precision = engine.split()
-    preset = case.removesuffix(WITH_LORA)
+    preset = case.removesuffix(FUSED).removesuffix(WITH_LORA)
     make = pack_graph if kind == "pack" else native_graph
     workflow = make(image, prompt, preset, precision, steps, side)
     model = {"pack": "load", "native": "unet", "accelerate": "unet"}[kind]
     sampler = workflow["sample" if kind == "pack" else "shift"]["inputs"]
-    if case.endswith(WITH_LORA):
+    if WITH_LORA in case:
         if kind == "pack":
-            switch = {f"strength_{slot}": 1.0 for slot in range(1, SLOTS + 1)}
+            switch = {"mode": "fused" if case.endswith(FUSED) else "auto"}
+            switch |= {f"strength_{slot}": 1.0 for slot in range(1, SLOTS + 1)}
             switch |= {f"lora_{slot}": LORA if slot == 1 else "none" for slot in range(1, SLOTS + 1)}
             workflow["lora"] = node("QwenEditLoraSwitch", model=[model, 0], **switch)
         else:
@@ -135,13 +137,16 @@ def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespac
     """Add all edits to ``runs``, one engine after the other. Times in seconds, from queueing to the finished prompt."""
     quick = "Lightning 4"
     plan = [quick, *[quick] * options.repeat, *["standard"] * options.standard_repeat]
-    plan += [quick + WITH_LORA] * (options.lora_repeat + 1 if options.lora_repeat else 0)
+    for how in (WITH_LORA, WITH_LORA + FUSED):
+        plan += [quick + how] * (options.lora_repeat + 1 if options.lora_repeat else 0)
     number = 0
     for engine in options.engines.split(","):
         seen: set[str] = set()
         for case in plan:
             if case == "standard" and engine.startswith("accelerate") and not options.accelerate_standard:
                 continue
+            if case.endswith(FUSED) and not engine.startswith("pack"):
+                continue  # ComfyUI's loader puts a LoRA there at all times
             number += 1
             image = client.upload_array(picture(number, options.side))
             prompt = f"change the colours, variant {number}"
@@ -152,7 +157,7 @@ def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespac
             seconds = time.perf_counter() - start
             record = perf_record(server, prompt_id)
             # the first edit reads weights, the first with a LoRA reads that
-            cold = not seen or (case.endswith(WITH_LORA) and case not in seen)
+            cold = not seen or (WITH_LORA in case and case not in seen)
             seen.add(case)
             runs.append(
                 {"engine": engine, "preset": case, "cold": cold, "seconds": round(seconds, 3), "record": record}
