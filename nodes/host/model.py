@@ -297,6 +297,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
+        self.said = ""  # by the patcher, about blocks that are streamed
 
     @property
     def is_empty(self) -> bool:
