@@ -17,17 +17,19 @@ from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.extra_channels import ExtraChannels
+from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.packed import keep_packed, unpatch
 from ...qwen_edit.precision import Precision
-from ...qwen_edit.quantize import drop_weights, prepare
+from ...qwen_edit.quantize import drop_weights, prepare, stored_bytes
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.stored_weights import keep_stored
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 from . import notes
-from .lora import active_adapters, modulation_key
+from .fused import PinnedMemory, SecondCopy, SecondCopyPatcher, adapters_for
+from .lora import modulation_key
 from .memory import ShellPatcher
 from .pinning import BackgroundPins, PinnedBlocks
 from .transformer_patcher import Offload, Sizes, TransformerPatcher
@@ -57,9 +59,18 @@ class HostTransformer(QwenEditTransformer):
     weights_version: object = None  # changes with the patches in the weights
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
     stream: BlockStream  # of the blocks that stay in RAM between their turns
+    fused: FusedLoras
+    host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
+    nbytes: int  # on the card
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks stay in RAM between their turns."""
+        return bool(self.stream.streamed)
 
     def forget(self) -> None:
         """Let go of what was made of the weights: they leave the card, or are dropped."""
+        self.fused.drop()
         self.modulation.clear()
         if self.channels is not None:
             self.channels.clear()
@@ -136,7 +147,7 @@ class HostTransformer(QwenEditTransformer):
             forward = Forward(
                 self.attention.attend,
                 self.kernels,
-                adapters=active_adapters(self, transformer_options),
+                adapters=adapters_for(self, x, transformer_options),
                 channels=None if stream.streamed else self.channels,  # in buffers there is no room behind the weights
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before_block,
@@ -256,6 +267,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our transformer; a shell (see ``memory.py``)."""
 
     diffusion_model: HostTransformer
+    second_copy: SecondCopyPatcher  # of the weights, while LoRAs are in them
 
     def __init__(
         self,
@@ -298,6 +310,9 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
         self.said = ""  # by the patcher, about blocks that are streamed
+        self.diffusion_model.fused = FusedLoras(self.diffusion_model)
+        self.diffusion_model.host_memory = PinnedMemory()
+        self.diffusion_model.nbytes = stored_bytes(self.diffusion_model)
 
     @property
     def is_empty(self) -> bool:
@@ -379,6 +394,7 @@ def make_model(
         model.diffusion_model.channels = ExtraChannels()
     if stream:  # the CPU, whatever ComfyUI's --highvram says
         return TransformerPatcher(model, load_device=card, offload_device=torch.device("cpu"))
+    model.second_copy = SecondCopyPatcher(SecondCopy(model.diffusion_model), card, torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()
     return TransformerPatcher(model, load_device=card, offload_device=away)
 

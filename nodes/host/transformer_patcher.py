@@ -69,6 +69,7 @@ class TransformerPatcher(ShellPatcher):
         room = model.model_loaded_weight_memory + extra_memory
         wanted = self._choice(room)
         if moved := (wanted != before or torch.device(device_to) != stream.device):
+            model.diffusion_model.fused.drop()  # LoRAs are only in weights that stay where they are
             stream.choose(wanted, device_to)
         self._placed = False
         gained = super().partially_load(device_to, extra_memory, force_patch_weights)
@@ -116,6 +117,7 @@ class TransformerPatcher(ShellPatcher):
         if model.offload == "none" or model.is_empty:
             return 0
         loaded = model.model_loaded_weight_memory
+        model.diffusion_model.fused.drop()
         stream.choose(sorted({*stream.streamed, *leaving}), model.device)
         self._place(model.device)
         model.model_loaded_weight_memory = self._on_card()
@@ -199,7 +201,16 @@ class TransformerPatcher(ShellPatcher):
         comfy.utils.set_attr_param(self.model, key, comfy.utils.get_attr(self.model, key).to("cpu"))
         return None
 
+    def model_state_dict(self, filter_prefix=None):
+        self.model.diffusion_model.fused.restore()  # for merging, saving and hooks: the weights themselves
+        return super().model_state_dict(filter_prefix)
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        self.model.diffusion_model.fused.restore()
+        return super().model_state_dict_for_saving(model, prefix)
+
     def patch_hooks(self, hooks):
+        self.model.diffusion_model.fused.drop()  # the weights become others
         form = self.model.diffusion_model.precision.form
         if form is not None and self.get_combined_hook_patches(hooks):
             raise ValueError(  # it would put the numbers back, but not their scales
@@ -219,6 +230,7 @@ class TransformerPatcher(ShellPatcher):
 
     def unpatch_model(self, device_to=None, unpatch_weights=True):
         if unpatch_weights:
+            self.model.diffusion_model.fused.drop()  # our LoRAs lie on top of ComfyUI's patches
             self.model.diffusion_model.stream.reset()
         super().unpatch_model(device_to, unpatch_weights)
         if unpatch_weights:
