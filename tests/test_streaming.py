@@ -18,13 +18,13 @@ from qwen_edit.kernels import resolve_kernels
 from qwen_edit.linear import RESIDENT, LowRank, operand, pack, packed
 from qwen_edit.modulation import ModulationCache
 from qwen_edit.packed import PACKED, PackedLinear, keep_packed
-from qwen_edit.quantize import ACTIVATIONS, MISSING, QuantizedTensor, StaysInRam, in_its_form, prepare
+from qwen_edit.quantize import FORMATS, MISSING, QuantizedTensor, StaysInRam, activations, in_its_form, prepare
 from qwen_edit.streaming import BUFFERS, BlockStream, spread, streamed_blocks
 from qwen_edit.transformer import QwenEditTransformer
 
 CARD = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"))
 DEVICES = ["cpu", CARD]
-FORMS = [None, "fp8", "int8", "w4a4", PACKED]
+FORMS = [None, *FORMATS, PACKED]
 LAYERS = 4
 CONFIG = dict(num_layers=LAYERS, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=64)
 Q8_0 = BLOCK_TYPES["Q8_0"]
@@ -68,7 +68,7 @@ def random_model(form: str | None, device: str) -> QwenEditTransformer:
         pack([block.attn.to_q, block.attn.to_k, block.attn.to_v])
         pack([block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj])
     model.attention = resolve("pytorch", torch.device(device), dtype, 128)
-    model.kernels = resolve_kernels(torch.device(device), dtype, ACTIVATIONS.get(form or ""))
+    model.kernels = resolve_kernels(torch.device(device), dtype, activations(form, torch.device(device), dtype))
     model.modulation = ModulationCache()
     return model
 
