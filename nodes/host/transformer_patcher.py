@@ -20,7 +20,7 @@ from .memory import ShellPatcher
 
 BLOCKS = "diffusion_model.transformer_blocks."
 # What is free is never the same twice; another number of streamed blocks moves most of them.
-NOT_WORTH_MOVING = 3
+NOT_WORTH_MOVING = 1 / 20  # of all blocks
 Offload = Literal["auto", "none", "stream"]  # as many blocks in RAM as need be, none, all
 
 
@@ -100,7 +100,8 @@ class TransformerPatcher(ShellPatcher):
         if self.model.offload == "auto":
             wanted, now = streamed_blocks(sizes.blocks, room - sizes.others), self.model.diffusion_model.stream.streamed
             fits = sizes.with_resident(now) + sizes.buffers <= room
-            return now if wanted and fits and len(now) - len(wanted) <= NOT_WORTH_MOVING else wanted
+            few = len(now) - len(wanted) <= NOT_WORTH_MOVING * len(sizes.blocks)
+            return now if wanted and fits and few else wanted
         return tuple(range(len(sizes.blocks))) if self.model.offload == "stream" else ()
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
