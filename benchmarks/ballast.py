@@ -32,6 +32,7 @@ sys.path[:0] = [str(REPO), str(REPO / "scripts"), str(REPO / "tests" / "comfyui"
 from environment import environment, keep
 
 GIB = 2**30
+PROBE_NODES = REPO / "tests" / "comfyui" / "probe_nodes"  # random text and latents
 NOTE = re.compile(
     r"Qwen Edit Fast: (\d+) of the transformer's (\d+) blocks are streamed from RAM, ([\d.]+) GiB in each"
 )
@@ -206,7 +207,6 @@ def measure_ballast(options: argparse.Namespace) -> list[dict[str, Any]]:
     from array_client import ArrayClient
     from comfy_host import PACK_NAME, Host
     from comfy_server import ComfyServer
-    from conftest import PROBE_NODES
 
     rows: list[dict[str, Any]] = []
     ballast = Ballast() if torch.cuda.is_available() else NoBallast()
@@ -243,8 +243,9 @@ def one_case(
     """One sampling to load and one that counts, with ``left`` GiB for the server and what it holds while idle."""
     from full_size import perf_record
 
-    client.free()
-    time.sleep(2)
+    while client.get("/qwen_edit_probe")["loaded"]:  # ComfyUI's worker can sleep through /free
+        client.free()
+        time.sleep(1)
     idle = at_start - ballast.ask("0")  # ComfyUI's own context
     room = ballast.ask(str(round(left * GIB - idle))) if left else ballast.ask("0")
     said = len(server.log.read_text(errors="replace"))

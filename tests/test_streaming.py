@@ -5,6 +5,7 @@ Runs on the CPU and, where there is one, on the card, where the copies really ov
 
 import gc
 from functools import lru_cache
+from typing import Any
 
 import pytest
 import torch
@@ -17,19 +18,19 @@ from qwen_edit.kernels import resolve_kernels
 from qwen_edit.linear import RESIDENT, LowRank, operand, pack, packed
 from qwen_edit.modulation import ModulationCache
 from qwen_edit.packed import PACKED, PackedLinear, keep_packed
-from qwen_edit.quantize import ACTIVATIONS, MISSING, QuantizedTensor, StaysInRam, in_its_form, prepare
+from qwen_edit.quantize import FORMATS, MISSING, QuantizedTensor, StaysInRam, activations, in_its_form, prepare
 from qwen_edit.streaming import BUFFERS, BlockStream, spread, streamed_blocks
 from qwen_edit.transformer import QwenEditTransformer
 
 CARD = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card"))
 DEVICES = ["cpu", CARD]
-FORMS = [None, "fp8", "int8", "w4a4", PACKED]
+FORMS = [None, *FORMATS, PACKED]
 LAYERS = 4
 CONFIG = dict(num_layers=LAYERS, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=64)
 Q8_0 = BLOCK_TYPES["Q8_0"]
 
 
-def model_of(form: str | None, device: str) -> QwenEditTransformer:
+def model_of(form: str | None, device: str) -> Any:
     """All blocks on the device, nothing streamed."""
     model = random_model(form, device)
     model.stream, model.adapters = None, {}
@@ -44,8 +45,10 @@ def random_model(form: str | None, device: str) -> QwenEditTransformer:
     if form is not None and MISSING is not None:
         pytest.skip(MISSING)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    options: dict[str, Any] = CONFIG
     with torch.device("meta"):
-        model: QwenEditTransformer = QwenEditTransformer(**CONFIG, zero_cond_t=True).eval().to(dtype)
+        model = QwenEditTransformer(**options, zero_cond_t=True).eval()
+    nn.Module.to(model, dtype)
     prepare(model, form)
     linears = [n for n, m in model.named_modules() if n.startswith("transformer_blocks.") and isinstance(m, nn.Linear)]
     keep_packed(model, {f"{n}.weight": Q8_0 for n in linears if "_mod." not in n} if form == PACKED else {}, PACKED)
@@ -65,12 +68,12 @@ def random_model(form: str | None, device: str) -> QwenEditTransformer:
         pack([block.attn.to_q, block.attn.to_k, block.attn.to_v])
         pack([block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj])
     model.attention = resolve("pytorch", torch.device(device), dtype, 128)
-    model.kernels = resolve_kernels(torch.device(device), dtype, ACTIVATIONS.get(form or ""))
+    model.kernels = resolve_kernels(torch.device(device), dtype, activations(form, torch.device(device), dtype))
     model.modulation = ModulationCache()
     return model
 
 
-def run(model: QwenEditTransformer, seed: int = 1) -> torch.Tensor:
+def run(model: Any, seed: int = 1) -> torch.Tensor:
     device, dtype = model.img_in.weight.device, model.img_in.weight.dtype
     generator = torch.Generator().manual_seed(seed)
     latents, text = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 9, 64, generator=generator)
@@ -81,11 +84,11 @@ def run(model: QwenEditTransformer, seed: int = 1) -> torch.Tensor:
 
 
 def locked(address: int, nbytes: int):
-    runtime = torch.cuda.cudart()
+    runtime: Any = torch.cuda.cudart()
     return (lambda: runtime.cudaHostUnregister(address)) if runtime.cudaHostRegister(address, nbytes, 1) == 0 else None
 
 
-def stream_of(model: QwenEditTransformer, streamed, device: str) -> BlockStream:
+def stream_of(model: Any, streamed, device: str) -> Any:
     """Make the model stream these blocks to the device."""
     model.stream = BlockStream(model.transformer_blocks, HostMemory(locked if device == "cuda" else None))
     model.stream.choose(streamed, torch.device(device))
@@ -160,7 +163,7 @@ def test_queries_keys_and_values_are_one_product_in_a_buffer(device, form):
     stream = stream_of(model_of(form, device), (1, 2), device)
     with torch.inference_mode(), stream:
         stream.before(1)
-        attn = stream.blocks[1].attn
+        attn: Any = stream.blocks[1].attn
         for linears in ((attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)):
             joint = packed([operand(RESIDENT, linear) for linear in linears])
             assert joint is not None
@@ -334,7 +337,7 @@ def test_memory_that_can_not_be_locked_serves_too():
 def test_copies_are_ordered_with_what_computes():
     """Large blocks, so that a copy or a product that does not wait for the other is seen: each block multiplies by its
     own number."""
-    blocks = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(9)).requires_grad_(False)
+    blocks: Any = nn.ModuleList(nn.Linear(4096, 4096, bias=False) for _ in range(9)).requires_grad_(False)
     for number, block in enumerate(blocks):
         nn.init.eye_(block.weight).mul_(1 + number / 8)
     stream = BlockStream(blocks, HostMemory(locked))

@@ -309,6 +309,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
+        self.said = ""  # by the patcher, about blocks that are streamed
         self.diffusion_model.fused = FusedLoras(self.diffusion_model)
         self.diffusion_model.host_memory = PinnedMemory()
         self.diffusion_model.nbytes = stored_bytes(self.diffusion_model)

@@ -19,6 +19,8 @@ from . import notes
 from .memory import ShellPatcher
 
 BLOCKS = "diffusion_model.transformer_blocks."
+# What is free is never the same twice; another number of streamed blocks moves most of them.
+NOT_WORTH_MOVING = 1 / 20  # of all blocks
 Offload = Literal["auto", "none", "stream"]  # as many blocks in RAM as need be, none, all
 
 
@@ -82,8 +84,12 @@ class TransformerPatcher(ShellPatcher):
                 raise
             model.model_loaded_weight_memory = self._on_card()
             gained = model.model_loaded_weight_memory - loaded
-        if moved and (wanted or before):
-            notes.say(self._said(room))
+        if moved:
+            model.said = self._said(room) if wanted or before else ""
+        if model.said:
+            notes.say(model.said)
+        if not wanted:
+            model.said = ""
         return gained
 
     _placed = False
@@ -92,7 +98,10 @@ class TransformerPatcher(ShellPatcher):
         """Which blocks to stream if the model may take ``room`` bytes of the card."""
         sizes: Sizes = self.model.sizes
         if self.model.offload == "auto":
-            return streamed_blocks(sizes.blocks, room - sizes.others)
+            wanted, now = streamed_blocks(sizes.blocks, room - sizes.others), self.model.diffusion_model.stream.streamed
+            fits = sizes.with_resident(now) + sizes.buffers <= room
+            few = len(now) - len(wanted) <= NOT_WORTH_MOVING * len(sizes.blocks)
+            return now if wanted and fits and few else wanted
         return tuple(range(len(sizes.blocks))) if self.model.offload == "stream" else ()
 
     def partially_unload(self, device_to, memory_to_free=0, force_patch_weights=False):
