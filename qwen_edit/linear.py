@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .four_bit import is_four_bit, unpacked_weights
 from .kernels import FusedKernels, Rows
 from .packed import PackedLinear, unpacked
 from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
@@ -138,12 +139,18 @@ def operand(weights: WeightReader, module: Any) -> Operand:
 
 
 def unpacked_operand(modules: Sequence[Any]) -> Operand | None:
-    """Linears over the same input whose weights are in ggml's formats, as one: the floats are made here, side by side, and
-    go with the operand. None if one of them is of another kind."""
-    if not all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
+    """Linears over the same input whose weights are in ggml's formats or of 4 bits, as one: what is multiplied is made
+    here, side by side, and goes with the operand. None if one of them is of another kind."""
+    if any(runs_itself(m) for m in modules):
         return None
-    weight, bias = unpacked(modules)
-    return Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)
+    widths = tuple(m.out_features for m in modules)
+    if all(type(m) is PackedLinear for m in modules):
+        weight, bias = unpacked(modules)
+        return Operand(tuple(modules), widths, weight, None, bias)
+    if all(is_four_bit(m.weight) for m in modules):
+        bias = modules[0].bias if len(modules) == 1 else torch.cat([m.bias for m in modules])
+        return Operand(tuple(modules), widths, *unpacked_weights([m.weight for m in modules], bias.dtype), bias)
+    return None
 
 
 def packed(operands: Sequence[Operand]) -> Operand | None:
