@@ -77,7 +77,7 @@ class FusedLoras:
         self.modules: frozenset[torch.nn.Module] = frozenset()
 
     @property
-    def _model(self):
+    def _model(self) -> Any:
         return self._reference()
 
     @property

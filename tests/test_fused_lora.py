@@ -339,3 +339,24 @@ def test_the_owner_is_asked_every_step_and_does_nothing():
     pointers = [p.data_ptr() for p in model.parameters()]
     fused.fuse("one", active)
     assert pointers == [p.data_ptr() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize(("rows", "width", "rank"), [(19, 300, 5), (16, 256, 40)])
+def test_the_kernel_does_as_its_reference(interpreter, dtype, rows, width, rank):
+    """But for the last bits of the difference, which lets the noise decide otherwise now and then."""
+    triton_kernel = pytest.importorskip("qwen_edit.kernels.requantize").add_to_quantized
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    generator = torch.Generator().manual_seed(0)
+    quantized = reference.quantize_rows(torch.randn(rows, width, generator=generator), dtype)
+    assert quantized.scale is not None
+    a, b = torch.randn(rank, width, generator=generator), torch.randn(rows, rank, generator=generator) / 50
+    b[3] *= 40  # outgrows its range
+    results = []
+    for add in (reference.add_to_quantized, triton_kernel):
+        wide = torch.zeros(rows, width + 48, dtype=dtype)  # as with spare columns
+        out, scale = wide[:, :width].copy_(quantized.data).to(device), torch.empty(rows, 1, device=device)
+        add(out, quantized.scale.to(device), a.to(device), b.to(device), out, scale)
+        results.append((out.float() * scale).cpu())
+    assert (~torch.isclose(*results, rtol=1e-5)).float().mean() < 0.01
+    assert (results[0] - results[1]).norm() < 0.01 * results[0].norm()

@@ -9,6 +9,7 @@ from peft import LoHaConfig, LoKrConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
+from qwen_edit.linear import HighRank
 from qwen_edit.lora import read_lora
 from qwen_edit.lora_files import MAX_RANK
 from qwen_edit.transformer import QwenEditTransformer
@@ -101,6 +102,8 @@ def injected(state, configuration) -> dict[str, torch.Tensor]:
 
 
 def difference(layer) -> torch.Tensor:
+    if isinstance(layer, HighRank):
+        return layer.difference()
     return layer.scale * layer.b.float() @ layer.a.float()
 
 
@@ -223,6 +226,25 @@ def test_products_with_pefts_configuration(tmp_path, config, parts):
     assert_equal(difference(read_lora(save(tmp_path, state), CONFIG).layers[TO_Q]), unscaled)
 
 
+@pytest.mark.parametrize("make", [lambda: loha(MAX_RANK // 2, 3), lambda: loha(20, 20)])
+def test_a_product_of_high_rank_stays_in_its_factors(tmp_path, make):
+    parts, expected = make()
+    layer = read_lora(save(tmp_path, _named(parts | {"alpha": torch.tensor(ALPHA)})), CONFIG).layers[TO_Q]
+    assert isinstance(layer, HighRank)
+    assert_equal(difference(layer), expected)
+
+
+def test_a_kronecker_product_of_high_rank(tmp_path, monkeypatch):
+    """Of the small model's sizes none has more than the bound."""
+    monkeypatch.setattr("qwen_edit.lora_files.MAX_RANK", 8)
+    for factored in ((None, None), (None, 3), (3, 3)):
+        parts, expected = lokr(*factored)
+        layer = read_lora(save(tmp_path, _named(parts | {"alpha": torch.tensor(ALPHA)})), CONFIG).layers[TO_Q]
+        assert isinstance(layer, HighRank)
+        assert len(layer.factors) == 2
+        assert_equal(difference(layer), expected)
+
+
 def test_kinds_may_be_mixed_and_what_the_model_lacks_is_counted(tmp_path):
     state = written("ComfyUI with alpha")
     for part in ("lora_down.weight", "lora_up.weight", "alpha"):
@@ -264,7 +286,6 @@ REFUSED = {
     "half a LoRA": ({Q_A: written("diffusers")[Q_A]}, "lora_A.weight has no counterpart lora_B"),
     "ranks": (_named(HADA | {"hada_w1_b": numbers(2, 64)}), "hada_w1_b has rank 2, its counterpart .*hada_w1_a 4"),
     "width": (_named(lokr(columns=(4, 8))[0]), r"lokr_w1 and its counterparts make \[64, 32\]"),
-    "full rank": (_named(loha(MAX_RANK // 2, 3)[0]), "rank 384; this node applies up to 256. Use ComfyUI's own"),
     "convolution": (_named({"lora_A.weight": numbers(4, 64, 1, 1), "lora_B.weight": numbers(64, 4, 1, 1)}), "a matrix"),
     "infinity": (_named(HADA | {"hada_w1_a": numbers(64, 4) / 0}), "hada_w1_a holds NaN or infinity"),
     "no alpha number": (_named(HADA | {"alpha": numbers(2)}), r"alpha is \[2\], it must be one number"),

@@ -9,6 +9,7 @@ from functools import lru_cache
 
 import comfy.model_management
 import torch
+from comfy_execution.utils import get_executing_context
 
 from ...qwen_edit.fused_lora import PAYS_FROM, pays
 from ...qwen_edit.linear import Adapters
@@ -23,10 +24,13 @@ FUSIBLE = (None, "fp8", "int8")  # forms of ``Precision``
 AUTO_SIZES = 2.6
 
 
+STREAMED = "blocks are streamed from RAM"
+
+
 def problem(transformer) -> str | None:
-    """Why LoRAs can't be in the weights of this transformer, or None."""
+    """Why LoRAs can't be in the weights of this transformer as it is now, or None."""
     if transformer.streamed:
-        return "the blocks are streamed from RAM"
+        return STREAMED
     form = transformer.precision.form
     return None if form in FUSIBLE else f"weights in {form} would lose most of them"
 
@@ -123,7 +127,9 @@ def reserve(clone, mode: str) -> None:
     """Have ComfyUI make room for the second copy when it loads this MODEL."""
     transformer = clone.model.diffusion_model
     device = clone.load_device
-    if problem(transformer) is None and (mode == "fused" or auto_problem(transformer, device) is None):
+    if clone.model.offload == "stream" or problem(transformer) is not None:
+        return
+    if mode == "fused" or auto_problem(transformer, device) is None:
         clone.set_additional_models(ROOM, [clone.model.second_copy.clone()])
 
 
@@ -137,7 +143,7 @@ def explained(model, mode: str) -> list[str]:
         if found is not None:
             return [f"auto: beside the weights, because {found}."]
         return [f"auto: in the weights where steps x rank x output tokens reach {PAYS_FROM:,}, else beside them."]
-    found = problem(transformer)
+    found = STREAMED if model.model.offload == "stream" else problem(transformer)
     if found is not None:
         return [f"fused is not possible here, because {found}: the LoRAs stay beside the weights."]
     where = "on the card" if on_card(transformer, device) else "in RAM"
@@ -152,6 +158,8 @@ def adapters_for(transformer, x: torch.Tensor, transformer_options: Mapping) -> 
         x: noisy latents ``[B, 16, 1, h, w]``.
     """
     stack: LoraStack = transformer_options.get(LORAS, NOTHING)
+    if any(item.mode == "fused" for item in stack.active) and (found := problem(transformer)) is not None:
+        _say_refused(transformer, f"The LoRAs stay beside the weights, because {found}.")
     chosen = [item for item in stack.active if _goes_in(transformer, item, stack, x, transformer_options)]
     if not chosen:
         transformer.fused.restore()
@@ -165,6 +173,15 @@ def adapters_for(transformer, x: torch.Tensor, transformer_options: Mapping) -> 
     for module, each in adapters_of(transformer, [item for item in stack.active if item not in chosen]).items():
         adapters[module] = adapters.get(module, []) + each
     return adapters
+
+
+def _say_refused(transformer, text: str) -> None:
+    """Once for each node that samples, not at every step."""
+    context = get_executing_context()
+    run = None if context is None else (context.prompt_id, context.node_id)
+    if run != transformer.refused_in:
+        transformer.refused_in = run
+        notes.say(text)
 
 
 def _fuse(transformer, key, wanted: Adapters, device: torch.device) -> str:

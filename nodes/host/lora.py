@@ -102,7 +102,7 @@ class ResidentLora(torch.nn.Module):
             if name in self.high_rank:
                 layers.append((name, HighRank(tuple(parts), scale * strength)))
             else:
-                layers.append((name, LowRank(*parts, scale * strength, self.weights.derived[key])))
+                layers.append((name, LowRank(parts[0], parts[1], scale * strength, self.weights.derived[key])))
         return layers
 
     def addends(self, transformer: torch.nn.Module, strength: float) -> list[tuple[torch.nn.Module, Adapter]]:

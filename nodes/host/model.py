@@ -62,6 +62,7 @@ class HostTransformer(QwenEditTransformer):
     fused: FusedLoras
     host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
     nbytes: int  # on the card
+    refused_in: object = None  # the run that was told that its LoRAs can't be in the weights
 
     @property
     def streamed(self) -> bool:
@@ -392,9 +393,9 @@ def make_model(
     card = comfy.model_management.get_torch_device()
     if card.type == "cuda":
         model.diffusion_model.channels = ExtraChannels()
+    model.second_copy = SecondCopyPatcher(SecondCopy(model.diffusion_model), card, torch.device("cpu"))
     if stream:  # the CPU, whatever ComfyUI's --highvram says
         return TransformerPatcher(model, load_device=card, offload_device=torch.device("cpu"))
-    model.second_copy = SecondCopyPatcher(SecondCopy(model.diffusion_model), card, torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()
     return TransformerPatcher(model, load_device=card, offload_device=away)
 

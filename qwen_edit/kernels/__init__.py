@@ -85,7 +85,7 @@ def _probe(fused, device: torch.device, dtype: torch.dtype, quantize: torch.dtyp
             values.append(module.append_low_rank(rows, rows[:1].repeat(16, 1), rope.new_full((16,), 0.001)).float())
         if quantize is not None:
             rows = reference.quantize_rows(x[0], quantize)
-            out, scale = torch.empty_like(rows.data), torch.empty_like(rows.scale)
+            out, scale = torch.empty_like(rows.data), rope.new_empty((len(x[0]), 1))
             module.add_to_quantized(rows.data, rows.scale, x[0, :2] / 8, x[0, :, :2].contiguous(), out, scale)
             values.append(out.float() * scale)
         results.append([*values, joint.float()])

@@ -180,6 +180,7 @@ def beside(server):
     )
     made.sample("fast before lora", made.add("lora over", "LoraLoaderModelOnly", model=FAST, **lora))
     made.sample("fast switched", made.add("switch", "QwenEditLoraSwitch", model=FAST, **SWITCHED))
+    made.sample("fast fused", made.add("fused", "QwenEditLoraSwitch", model=FAST, mode="fused", **SWITCHED))
     made.sample("native again", PLAIN)
     made.sample("fast again", FAST)
     made.sample("fast twice", made.add("twice", "QwenEditAccelerate", model=FAST, attention="pytorch"))
@@ -232,6 +233,10 @@ def test_a_resident_lora_is_the_native_one(beside):
     """But for the rounding of the weights that ComfyUI patches."""
     moved = rms(beside["native"], beside["native lora"])
     assert rms(beside["fast switched"], beside["native lora"]) < 0.03 * moved
+
+
+def test_a_fused_lora_is_patched_by_comfyui(beside):
+    assert difference(beside["fast fused"], beside["fast before lora"]) < TOLERANCE
 
 
 def test_a_resident_lora_needs_our_forward(client):

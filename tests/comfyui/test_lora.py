@@ -232,7 +232,6 @@ BAD = {
     "of another width": (lambda s: s | {KEY: s[KEY][:, :8].clone()}, "needs"),
     "without counterpart": (lambda s: {k: v for k, v in s.items() if k != KEY}, "no counterpart"),
     "of kind DoRA": (lambda s: s | {KEY.replace("lora_A.weight", "dora_scale"): torch.zeros(4)}, "kind"),
-    "of high rank": (lambda s: loha_state(rank=32), "rank 1024"),
 }
 
 

@@ -24,6 +24,7 @@ import comfy.ops
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from pack.nodes.host.model import HostTransformer
 from pack.qwen_edit.attention import resolve
+from pack.qwen_edit.fused_lora import FusedLoras
 from pack.qwen_edit.kernels import REFERENCE
 from pack.qwen_edit.modulation import ModulationCache
 
@@ -33,7 +34,7 @@ ours = HostTransformer(**shape, axes_dims_rope=(8, 12, 12), zero_cond_t=True).ev
 for parameter in ours.parameters():
     torch.nn.init.normal_(parameter, std=0.2)
 ours.attention = resolve("pytorch", torch.device("cpu"), torch.float32, 32)
-ours.kernels, ours.modulation = REFERENCE, ModulationCache()
+ours.kernels, ours.modulation, ours.fused = REFERENCE, ModulationCache(), FusedLoras(ours)
 native = QwenImageTransformer2DModel(
     **shape, axes_dims_rope=(8, 12, 12), default_ref_method="index_timestep_zero", dtype=torch.float32, operations=comfy.ops.disable_weight_init
 ).eval()
