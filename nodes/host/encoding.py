@@ -14,6 +14,7 @@ from PIL import Image
 from ...qwen_edit import pictures as pic
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
+from ...qwen_edit.recipes import is_number
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
 from .clip import leave_card, shared_pictures
@@ -188,7 +189,7 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
         ValueError: a side that is no multiple of 16 or outside its range.
     """
     for name, value in (("width", width), ("height", height)):
-        if not isinstance(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
+        if not is_number(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
             raise ValueError(
                 f"{INPUT} {name} is {value}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
             )
