@@ -163,7 +163,7 @@ class Encoder:
 
     def _small(self, picture: torch.Tensor) -> torch.Tensor:
         original = self._once(self._original, picture)
-        size = _at_least_one(calculate_dimensions(VISION_AREA, original.width / original.height))
+        size = _of_area(VISION_AREA, original.width / original.height)
         return pic.to_tensor(pic.resize(original, *size))
 
     def _vision(self, *images: torch.Tensor) -> Any:
@@ -211,11 +211,16 @@ def reference_size(rule: str, number: int, ratio: float, width: int, height: int
     if rule not in REFERENCE_SIZES:
         raise ValueError(f"{INPUT} reference_size is {rule!r}; it must be one of {', '.join(REFERENCE_SIZES)}.")
     if rule == "one megapixel":
-        return _at_least_one(calculate_dimensions(OFFICIAL_AREA, ratio))
+        return _of_area(OFFICIAL_AREA, ratio)
     if number == 0 and abs(math.log(ratio * height / width)) < max(SAME_ASPECT, MULTIPLE / min(width, height)):
         return width, height
-    return _at_least_one(calculate_dimensions(width * height, ratio))
+    return _of_area(width * height, ratio)
 
 
-def _at_least_one(size: tuple[int, int]) -> tuple[int, int]:
-    return max(MULTIPLE, size[0]), max(MULTIPLE, size[1])
+def _of_area(area: int, ratio: float) -> tuple[int, int]:
+    """diffusers' size for this area; where that has a side of 0, the strip of the least width that has the area."""
+    size = calculate_dimensions(area, ratio)
+    if all(size):
+        return size
+    longest = nearest_multiple(area / MULTIPLE)
+    return (longest, MULTIPLE) if ratio > 1 else (MULTIPLE, longest)

@@ -53,13 +53,12 @@ def hostile(graph, models) -> list[dict]:
     made = []
     for pattern in PATHS[:7]:
         value = pattern.format("secret.safetensors", root=models)
-        for which, name in COMBOS[:3]:
-            made.append(changed(graph, which, **{name: value}))
-            linked = changed(graph, which, **{name: ["text", 0]})
-            made.append(linked | {"text": node("ProbeText", text=value)})
+        made += [changed(graph, which, **{name: value}) for which, name in COMBOS[:3]]
+        text = {"text": node("ProbeText", text=value)}
+        made.append(changed(graph, "loader", model=["text", 0]) | text)
         switched = between(graph, ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs("none"))
         switched["between"]["inputs"]["lora_1"] = ["text", 0]
-        made.append(switched | {"text": node("ProbeText", text=value)})
+        made.append(switched | text)
     return made
 
 
