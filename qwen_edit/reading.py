@@ -5,11 +5,9 @@ the page cache, busy while the tensors before are copied to the card and quantiz
 that few buffers are enough: memory that is touched for the first time costs as much as reading into it.
 """
 
-import mmap
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,6 @@ WORKERS = 8
 PART = 16 * 2**20  # bytes that one thread reads at once
 LARGE = 2**20  # tensors above this have buffers of the largest one's size, of which there are few
 LARGE_BUFFERS = 3  # one in use, one complete, one being read
-HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -69,8 +66,14 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
     largest, any_small = max(sizes, default=0), any(size <= LARGE for size in sizes)
     # by whether a tensor is large
     free = {
-        True: [_buffer(largest, pinned) for _ in range(min(LARGE_BUFFERS, sum(size > LARGE for size in sizes)))],
-        False: [_buffer(min(largest, LARGE), pinned) for _ in range(WORKERS if any_small else 0)],
+        True: [
+            torch.empty(largest, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(min(LARGE_BUFFERS, sum(size > LARGE for size in sizes)))
+        ],
+        False: [
+            torch.empty(min(largest, LARGE), dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(WORKERS if any_small else 0)
+        ],
     }
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
         pending: deque[tuple[str, torch.Tensor, list[Future]]] = deque()
@@ -83,7 +86,7 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
                     if not stored.keep and not buffers:
                         break
                     remaining.popleft()
-                    buffer = _buffer(stored.nbytes, False) if stored.keep else buffers.pop()
+                    buffer = torch.empty(stored.nbytes, dtype=torch.uint8) if stored.keep else buffers.pop()
                     starts = range(0, max(1, stored.nbytes), PART)
                     pending.append((name, buffer, [pool.submit(_read, stored, buffer, start) for start in starts]))
                 name, buffer, parts = pending.popleft()
@@ -97,16 +100,6 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
             free.clear()
             if pinned and hasattr(torch._C, "_host_emptyCache"):  # else torch keeps the buffers page-locked for good
                 torch._C._host_emptyCache()
-
-
-def _buffer(nbytes: int, pinned: bool) -> torch.Tensor:
-    """Bytes, page-locked or in large pages where the system has them."""
-    if pinned or nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=pinned)
-    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with suppress(OSError):  # a kernel without them
-        pages.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(pages, dtype=torch.uint8)
 
 
 def read_now(stored: Stored) -> torch.Tensor:
