@@ -6,14 +6,16 @@ WEB_DIRECTORY = "./web"
 async def comfy_entrypoint():
     """What ComfyUI calls to learn the pack's nodes. Imports happen here, so that tests and scripts can import the
     engine without ComfyUI."""
-    from comfy_api.latest import ComfyExtension
+    from .qwen_edit.needs import explained_imports
 
-    from .nodes import NODES
+    with explained_imports():
+        from comfy_api.latest import ComfyExtension
+
+        from .nodes import NODES
+        from .nodes.host.doctor import register
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            from .nodes.host.doctor import register
-
             register()
 
         async def get_node_list(self):

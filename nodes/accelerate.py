@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
+from ..qwen_edit.needs import explained_imports
 
 
 class QwenEditAccelerate(io.ComfyNode):
@@ -29,7 +30,8 @@ class QwenEditAccelerate(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, attention="auto") -> io.NodeOutput:
-        from .host.accelerate import accelerate  # brings diffusers: only when a node runs
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host.accelerate import accelerate
 
         accelerated, lines = accelerate(model, attention)
         return io.NodeOutput(accelerated, ui=ui.PreviewText("\n".join(lines)))

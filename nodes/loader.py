@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
+from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.precision import PRECISIONS, PROFILES
 from .host import folders
 from .host.request import OFFLOAD, VERSIONS, LoadRequest
@@ -102,8 +103,9 @@ class QwenEditLoader(io.ComfyNode):
         offload="auto",
         model_version="auto",
     ) -> io.NodeOutput:
-        from .host.doctor import report
-        from .host.loading import load  # brings diffusers: only when a node runs
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host.doctor import report
+            from .host.loading import load
 
         loaded = load(LoadRequest(model, text_encoder, vae, profile, precision, attention, offload, model_version))
         lines = [*loaded.notes[:1], *report(loaded.findings), *loaded.notes[1:]]

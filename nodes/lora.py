@@ -5,6 +5,8 @@ import math
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
+from ..qwen_edit.needs import explained_imports
+from ..qwen_edit.recipes import is_number
 from .host import folders
 from .host.request import LORA_MODES
 
@@ -62,14 +64,15 @@ class QwenEditLoraSwitch(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, mode="auto", **slots) -> io.NodeOutput:
-        from .host.accelerate import lora_target  # brings diffusers: only when a node runs
-        from .host.lora_switch import switch
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host.accelerate import lora_target
+            from .host.lora_switch import switch
 
         target = lora_target(model)
         wanted = []
         for slot in range(1, SLOTS + 1):
             name, strength = slots.get(f"lora_{slot}", folders.NONE), slots.get(f"strength_{slot}", 1.0)
-            if not (math.isfinite(strength) and abs(strength) <= MAX_STRENGTH):
+            if not (is_number(strength) and math.isfinite(strength) and abs(strength) <= MAX_STRENGTH):
                 raise ValueError(
                     f"{INPUT} strength_{slot} is {strength}; it must be a number between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}."
                 )

@@ -3,7 +3,8 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
-from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, recipe_for
+from ..qwen_edit.needs import explained_imports
+from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, is_number, recipe_for
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -88,9 +89,10 @@ class QwenEditSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, preset, seed, steps=0, true_cfg_scale=0.0, shift=0.0
     ) -> io.NodeOutput:
-        if not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
+        if not (is_number(seed, int) and 0 <= seed <= MAX_SEED):
             raise ValueError(f"{INPUT} The seed is {seed}; it must be 0 to {MAX_SEED}.")
-        from .host import sampling  # brings diffusers: only when a node runs
+        with explained_imports():  # it brings diffusers: only when a node runs
+            from .host import sampling
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = sampling.examine(model, recipe)
@@ -123,7 +125,8 @@ class QwenEditStepPreset(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, preset, steps=0, true_cfg_scale=0.0, shift=0.0) -> io.NodeOutput:
-        from .host import sampling
+        with explained_imports():
+            from .host import sampling
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = sampling.examine(model, recipe)

@@ -43,8 +43,12 @@ BLOCK_TYPES = {
         BlockType("Q4_K", 12, 256, 144),
         BlockType("Q5_K", 13, 256, 176),
         BlockType("Q6_K", 14, 256, 210),
+        BlockType("IQ4_NL", 20, 32, 18),
+        BlockType("IQ4_XS", 23, 256, 136),
     )
 }
+# What the 4 bits of the IQ4 formats stand for (kvalues_iq4nl in ggml-common.h).
+NONLINEAR = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 VALUES_AT_ONCE = 2**20  # of the float32 intermediates in PyTorch
 
 
@@ -177,6 +181,19 @@ def _q6_k(b):
     return _scaled(_half(b, 208) * _signed(b, 192, 208), q)
 
 
+def _nonlinear(q: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(NONLINEAR, dtype=torch.float32, device=q.device)[q.long()]
+
+
+def _iq4_nl(b):
+    return _half(b, 0) * _nonlinear(_fields(b, 2, 18, 16, 4))
+
+
+def _iq4_xs(b):
+    scales = (_fields(b, 4, 8, 1, 4) | _fields(b, 2, 4, 1, 2) << 4).float() - 32
+    return _scaled(_half(b, 0) * scales, _nonlinear(_fields(b, 8, 136, 16, 4)))
+
+
 _DECODE = {
     "Q4_0": _q4_0,
     "Q4_1": _q4_1,
@@ -188,4 +205,6 @@ _DECODE = {
     "Q4_K": _q4_k,
     "Q5_K": _q5_k,
     "Q6_K": _q6_k,
+    "IQ4_NL": _iq4_nl,
+    "IQ4_XS": _iq4_xs,
 }

@@ -122,7 +122,7 @@ def transformer_from_file(path: Path, zero_cond_t: bool | None = None) -> Transf
         raise ValueError(f"{WEIGHTS} {path.name} is quantized, but {MISSING}. Update ComfyUI, which brings it.")
     return TransformerSource(
         label=path.stem,
-        config=_config_from_shapes(header, names, stored)
+        config=_config_from_shapes(path, header, names, stored)
         | {"zero_cond_t": version if zero_cond_t is None else zero_cond_t},
         tensors={name: (path, key) for name, key in names.items()},
         dtype=_main_dtype([path]),
@@ -229,26 +229,34 @@ _SIGNATURES = (
 
 
 def _config_from_shapes(
-    header: Mapping[str, dict], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
+    path: Path, header: Mapping[str, dict], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
 ) -> dict[str, Any]:
-    def shape(name: str) -> list[int]:
-        return unpacked(stored.get(name), header[names[name]]["shape"])
+    def shape(name: str, dimensions: int) -> list[int]:
+        check_names(path.name, [name], [name] if name in names else [])
+        found = unpacked(stored.get(name), header[names[name]]["shape"])
+        if len(found) != dimensions or 0 in found:
+            raise ValueError(f"{WEIGHTS} {path.name}: {name} is {found}, which this model's never is. It is damaged.")
+        return found
 
-    inner, in_channels = shape("img_in.weight")
-    head_dim = shape("transformer_blocks.0.attn.norm_q.weight")[0]
-    blocks = {int(n.split(".")[1]) for n in names if n.startswith("transformer_blocks.")}
+    inner, in_channels = shape("img_in.weight", 2)
+    (head_dim,) = shape("transformer_blocks.0.attn.norm_q.weight", 1)
+    blocks = {name.split(".")[1] for name in names if name.startswith("transformer_blocks.")}
+    # before a model is built with as many blocks as a name says
+    check_names(
+        path.name, {f"transformer_blocks.{i}" for i in range(len(blocks))}, (f"transformer_blocks.{b}" for b in blocks)
+    )
     if head_dim != 128:
         raise ValueError(
-            f"{WEIGHTS} The attention heads have {head_dim} channels, Qwen-Image-Edit's 128. How positions are split over"
+            f"{WEIGHTS} {path.name}: the attention heads have {head_dim} channels, Qwen-Image-Edit's 128. How positions are split over"
             " other heads is not in a single file; use a diffusers folder."
         )
     return {
-        "num_layers": max(blocks) + 1,
+        "num_layers": len(blocks),
         "in_channels": in_channels,
-        "out_channels": shape("proj_out.weight")[0] // 4,
+        "out_channels": shape("proj_out.weight", 2)[0] // 4,
         "attention_head_dim": head_dim,
         "num_attention_heads": inner // head_dim,
-        "joint_attention_dim": shape("txt_in.weight")[1],
+        "joint_attention_dim": shape("txt_in.weight", 2)[1],
     }
 
 

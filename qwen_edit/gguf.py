@@ -19,6 +19,11 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ARCHITECTURES = ("qwen_image", "pig", None)  # pig: calcuis' converter, for any model; None: stable-diffusion.cpp's
+TEXT_ENCODERS = ("qwen2vl", "clip")  # the language model, and its vision part (mmproj)
+TEXT_ENCODER_HINT = (
+    ". A text encoder in GGUF is read by another pack: load it with ComfyUI-GGUF's CLIPLoader (GGUF), type qwen_image, with the encoder's"
+    " mmproj file beside it; choose text_encoder 'none' here and connect that CLIP to Qwen Edit Encode"
+)
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # A language model's header, with its vocabulary, has about 10 MB; a 60-block transformer's 0.2 MB.
 MAX_HEADER_BYTES = 100_000_000
@@ -33,8 +38,7 @@ _TYPES = {0: ("F32", 1, 4), 1: ("F16", 1, 2), 30: ("BF16", 1, 2)}
 _TYPES |= {kind.number: (kind.name, kind.values, kind.nbytes) for kind in BLOCK_TYPES.values()}
 # Those that are not decoded here, for the message.
 _OTHER_TYPES = {
-    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S",
-    22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
+    9: "Q8_1", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S", 21: "IQ3_S", 22: "IQ2_S", 24: "I8", 25: "I16", 26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0",
     35: "TQ2_0", 39: "MXFP4", 40: "NVFP4",
 }  # fmt: skip
 
@@ -117,8 +121,9 @@ def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict
         metadata[key] = reader.value(reader.number("I"))
     architecture = metadata.get("general.architecture")
     if architecture not in ARCHITECTURES:
+        hint = TEXT_ENCODER_HINT if architecture in TEXT_ENCODERS else ""
         raise _Unusable(
-            f"found the architecture {architecture!r}, this loader needs the transformer of Qwen-Image-Edit"
+            f"found the architecture {architecture!r}, this loader needs the transformer of Qwen-Image-Edit{hint}"
         )
     described = [_tensor(reader, metadata) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)

@@ -50,7 +50,7 @@ def read_metadata(path: Path) -> dict[str, str]:
     """The free entries of a file that ``read_header`` has accepted, those that are text."""
     if path.suffix.lower() == SUFFIX:
         return {key: value for key, value in read_gguf_header(path)[1].items() if isinstance(value, str)}
-    return _raw_header(path)[0].get("__metadata__", {})
+    return _raw_header(path)[0].get("__metadata__") or {}
 
 
 def _raw_header(path: Path) -> tuple[dict[str, dict], int]:

@@ -1,7 +1,8 @@
 """Reading tensors of safetensors and GGUF files ahead of their use, several at a time.
 
 A memory-mapped file costs a page fault for each 4 KiB; reading with large calls from a few threads keeps a fast disk, or
-the page cache, busy while the tensors before are copied to the card and quantized.
+the page cache, busy while the tensors before are copied to the card and quantized. The threads share each large tensor, so
+that few buffers are enough: memory that is touched for the first time costs as much as reading into it.
 """
 
 from collections import deque
@@ -17,6 +18,9 @@ from safetensors import safe_open
 from .gguf import SUFFIX
 
 WORKERS = 8
+PART = 16 * 2**20  # bytes that one thread reads at once
+LARGE = 2**20  # tensors above this have buffers of the largest one's size, of which there are few
+LARGE_BUFFERS = 3  # one in use, one complete, one being read
 
 
 @dataclass(frozen=True)
@@ -58,21 +62,39 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
     Raises:
         OSError: a file ends early or can't be read.
     """
-    largest = max((s.nbytes for s in wanted.values() if not s.keep), default=0)
-    free = [torch.empty(largest, dtype=torch.uint8, pin_memory=pinned) for _ in range(min(WORKERS, len(wanted)))]
+    sizes = [stored.nbytes for stored in wanted.values() if not stored.keep]
+    largest, any_small = max(sizes, default=0), any(size <= LARGE for size in sizes)
+    # by whether a tensor is large
+    free = {
+        True: [
+            torch.empty(largest, dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(min(LARGE_BUFFERS, sum(size > LARGE for size in sizes)))
+        ],
+        False: [
+            torch.empty(min(largest, LARGE), dtype=torch.uint8, pin_memory=pinned)
+            for _ in range(WORKERS if any_small else 0)
+        ],
+    }
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
-        pending: deque[tuple[str, torch.Tensor, Future]] = deque()
+        pending: deque[tuple[str, torch.Tensor, list[Future]]] = deque()
         remaining = deque(wanted.items())
         try:
             while remaining or pending:
                 while remaining and len(pending) < WORKERS:
-                    name, stored = remaining.popleft()
-                    buffer = torch.empty(stored.nbytes, dtype=torch.uint8) if stored.keep else free.pop()
-                    pending.append((name, buffer, pool.submit(_read, stored, buffer)))
-                name, buffer, result = pending.popleft()
-                yield name, result.result()
+                    name, stored = remaining[0]
+                    buffers = free[stored.nbytes > LARGE]
+                    if not stored.keep and not buffers:
+                        break
+                    remaining.popleft()
+                    buffer = torch.empty(stored.nbytes, dtype=torch.uint8) if stored.keep else buffers.pop()
+                    starts = range(0, max(1, stored.nbytes), PART)
+                    pending.append((name, buffer, [pool.submit(_read, stored, buffer, start) for start in starts]))
+                name, buffer, parts = pending.popleft()
+                for part in parts:
+                    part.result()
+                yield name, _as_tensor(wanted[name], buffer)
                 if not wanted[name].keep:
-                    free.append(buffer)
+                    free[wanted[name].nbytes > LARGE].append(buffer)
         finally:
             pool.shutdown(cancel_futures=True)
             free.clear()
@@ -82,17 +104,24 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
 
 def read_now(stored: Stored) -> torch.Tensor:
     """One small tensor, in memory of its own."""
-    return _read(stored, torch.empty(stored.nbytes, dtype=torch.uint8))
+    buffer = torch.empty(stored.nbytes, dtype=torch.uint8)
+    for start in range(0, stored.nbytes, PART):
+        _read(stored, buffer, start)
+    return _as_tensor(stored, buffer)
 
 
-def _read(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:
-    view: Any = memoryview(buffer.numpy().data)[: stored.nbytes]
+def _read(stored: Stored, buffer: torch.Tensor, start: int) -> None:
+    """The part of a tensor that begins at byte ``start``, to its place in ``buffer``."""
+    view: Any = memoryview(buffer.numpy().data)[start : min(stored.nbytes, start + PART)]
     done = 0
     with stored.path.open("rb", buffering=0) as file:
-        file.seek(stored.offset)
+        file.seek(stored.offset + start)
         while done < len(view):
             count = file.readinto(view[done:])
             if not count:
                 raise OSError(f"{stored.path.name} ends inside {stored.name}.")
             done += count
+
+
+def _as_tensor(stored: Stored, buffer: torch.Tensor) -> torch.Tensor:
     return buffer[: stored.nbytes].view(stored.dtype).view(stored.shape)

@@ -9,6 +9,7 @@ values (5.0, 7.0, 8.5) are not here because Qwen-Image-Edit is not guidance-dist
 
 import math
 from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Any, Literal
 
 import numpy as np
@@ -74,6 +75,12 @@ MAX_CFG = 100.0
 MAX_SHIFT = 100.0
 
 
+def is_number(value: object, kind: type | UnionType = int | float) -> bool:
+    """Whether a widget or linked value is a number at all; ComfyUI checks neither type nor range of what comes through links
+    of any type."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
 def recipe_for(preset: str, steps: int = 0, true_cfg_scale: float = 0.0, shift: float = 0.0) -> Recipe:
     """The preset's recipe with overrides; an override of 0 keeps the preset's value.
 
@@ -84,16 +91,16 @@ def recipe_for(preset: str, steps: int = 0, true_cfg_scale: float = 0.0, shift: 
     Raises:
         ValueError: an unknown preset, or a value outside its range (NaN included).
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ValueError(f"{INPUT} The preset is {preset!r}; it must be one of {', '.join(PRESETS)}.")
-    if not (isinstance(steps, int) and 0 <= steps <= MAX_STEPS):
+    if not (is_number(steps, int) and 0 <= steps <= MAX_STEPS):
         raise ValueError(f"{INPUT} steps is {steps}; it must be 0 (the preset's value) or 1 to {MAX_STEPS}.")
-    if not (true_cfg_scale == 0 or 1 <= true_cfg_scale <= MAX_CFG):
+    if not (is_number(true_cfg_scale) and (true_cfg_scale == 0 or 1 <= true_cfg_scale <= MAX_CFG)):
         raise ValueError(
             f"{INPUT} true_cfg_scale is {true_cfg_scale}; it must be 0 (the preset's value), 1 (guidance off, twice"
             f" as fast) or a number up to {MAX_CFG:g}."
         )
-    if not 0 <= shift <= MAX_SHIFT:
+    if not (is_number(shift) and 0 <= shift <= MAX_SHIFT):
         raise ValueError(f"{INPUT} shift is {shift}; it must be 0 (the preset's value) or up to {MAX_SHIFT:g}.")
     recipe = PRESETS[preset]
     return replace(

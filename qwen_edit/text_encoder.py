@@ -45,7 +45,12 @@ def as_plain_text(prompt: str) -> tuple[str, list[str]]:
 
     Special tokens are broken up (``<|image_pad|>`` -> ``< |image_pad| >``): ComfyUI's own tokenizer would otherwise
     read them as commands. The length is bounded.
+
+    Raises:
+        ValueError: it is no text.
     """
+    if not isinstance(prompt, str):
+        raise ValueError(f"{INPUT} A prompt is {prompt!r}; it must be text.")
     notes = []
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         notes.append(f"The prompt has {len(prompt):,} characters; the first {MAX_PROMPT_CHARACTERS:,} are used.")

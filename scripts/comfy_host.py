@@ -146,7 +146,7 @@ def find_python(named: str) -> Path:
 def check_imports(python: Path, comfyui: Path, with_tests: bool = False) -> None:
     """Raise HostError unless `python` has what ComfyUI and the pack need."""
     names = ["torch", "torchvision", "aiohttp", "av", "yaml", "diffusers", "peft", "psutil"]
-    names += ["pytest", "ruff", "pyright", "skimage"] * with_tests
+    names += ["pytest", "ruff", "pyright", "skimage", "hypothesis"] * with_tests
     code = "import sys, importlib.util as u; print(*[n for n in sys.argv[1:] if u.find_spec(n) is None])"
     found = subprocess.run([python, "-c", code, *names], capture_output=True, text=True, check=False)
     if found.returncode:

@@ -10,15 +10,18 @@ import torch
 from qwen_edit.blocks import BLOCK_TYPES
 
 FLOATS = ("F32", "F16", "BF16")
+# Formats that the package reads but does not write, and where their blocks have float16 scales.
+SCALES_AT = {
+    "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
 
 
 def random_weight(shape: tuple[int, ...], kind: str, scale: float, seed: int) -> np.ndarray:
-    """Blocks with random bytes whose float16 scales are small: what no quantizer of the package makes (K quants)."""
-    halves = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}[kind]
+    """Blocks with random bytes whose float16 scales are small: what no quantizer of the package makes."""
     block = BLOCK_TYPES[kind]
     rng = np.random.default_rng(seed)
     blocks = rng.integers(0, 256, (int(np.prod(shape)) // block.values, block.nbytes), dtype=np.uint8)
-    for at in halves:
+    for at in SCALES_AT[kind]:
         numbers = rng.normal(0, scale, (len(blocks), 1)).astype(np.float16)
         blocks[:, at : at + 2] = numbers.view(np.uint8)
     return blocks.reshape(*shape[:-1], -1)
@@ -33,7 +36,7 @@ def write(
     prefix: str = "",
     name: str | None = None,
 ) -> dict[str, torch.Tensor]:
-    """Write ``state``; each tensor in the format that ``kind_of(name, tensor)`` says. K quants get random weights.
+    """Write ``state``; each tensor in the format that ``kind_of(name, tensor)`` says. Those of ``SCALES_AT`` get random weights.
 
     A weight whose rows are no whole number of blocks is stored reshaped, as ComfyUI-GGUF's converter does.
 
@@ -50,7 +53,7 @@ def write(
         if kind.name in BLOCK_TYPES and values.shape[-1] % BLOCK_TYPES[kind.name].values:
             writer.add_array(f"comfy.gguf.orig_shape.{prefix}{key}", [int(n) for n in values.shape])
             values = values.reshape(-1, BLOCK_TYPES[kind.name].values)
-        if kind.name.endswith("_K"):
+        if kind.name in SCALES_AT:
             data = random_weight(values.shape, kind.name, 0.002, index)
         else:
             data = gguf.quants.quantize(values, kind)

@@ -24,6 +24,7 @@ both = pytest.mark.parametrize("unpacker", [unpack_reference, unpack], ids=["pyt
 HALVES = {
     "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,),
     "Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,),
+    "IQ4_NL": (0,), "IQ4_XS": (0,),
 }  # fmt: skip
 REPO = Path(__file__).parents[1]
 BLOCKS = 37  # no multiple of what a program takes

@@ -33,6 +33,7 @@ CPU, FP32, BF16 = torch.device("cpu"), torch.float32, torch.bfloat16
 CONFIG = dict(num_layers=2, attention_head_dim=128, num_attention_heads=2, joint_attention_dim=64)
 PLAIN = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 K_QUANTS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+NONLINEAR = ("IQ4_NL", "IQ4_XS")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def off(got: torch.Tensor, expected: torch.Tensor) -> float:
 # Whole models
 
 
-@pytest.mark.parametrize("kind", [*PLAIN, *K_QUANTS])
+@pytest.mark.parametrize("kind", [*PLAIN, *K_QUANTS, *NONLINEAR])
 def test_a_model_in_each_format_is_that_of_its_dequantized_weights(tmp_path, state, kind):
     floats = gguf_files.write(tmp_path / "model-2511.gguf", state, weights_as(kind))
     save_file(floats, tmp_path / "model.safetensors")
@@ -264,7 +265,8 @@ def good(tmp_path_factory, state) -> bytes:
 @pytest.mark.parametrize("architecture", ["llama", "flux", "qwen2vl"])
 def test_another_architecture(tmp_path, state, architecture):
     gguf_files.write(tmp_path / "other.gguf", state, weights_as("Q8_0"), architecture=architecture)
-    refused(tmp_path / "other.gguf", repr(architecture), "needs the transformer of Qwen-Image-Edit")
+    hint = ["CLIPLoader (GGUF)", "mmproj"] if architecture == "qwen2vl" else []
+    refused(tmp_path / "other.gguf", repr(architecture), "needs the transformer of Qwen-Image-Edit", *hint)
 
 
 def test_another_model_under_a_name_that_says_nothing(tmp_path):
@@ -273,7 +275,7 @@ def test_another_model_under_a_name_that_says_nothing(tmp_path):
     refused(tmp_path / "flux.gguf", "found FLUX")
 
 
-@pytest.mark.parametrize(("number", "name"), [(20, "IQ4_NL"), (23, "IQ4_XS"), (39, "MXFP4"), (99, "type 99")])
+@pytest.mark.parametrize(("number", "name"), [(18, "IQ3_XXS"), (22, "IQ2_S"), (39, "MXFP4"), (99, "type 99")])
 def test_a_format_that_is_not_decoded(tmp_path, good, number, name):
     """The number of ``proj_out.weight``'s format comes after its name and its two dimensions."""
     at = good.index(b"proj_out.weight") + len(b"proj_out.weight") + 4 + 16

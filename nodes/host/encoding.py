@@ -14,6 +14,7 @@ from PIL import Image
 from ...qwen_edit import pictures as pic
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
+from ...qwen_edit.recipes import is_number
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
 from .clip import leave_card, shared_pictures
@@ -162,7 +163,7 @@ class Encoder:
 
     def _small(self, picture: torch.Tensor) -> torch.Tensor:
         original = self._once(self._original, picture)
-        size = _at_least_one(calculate_dimensions(VISION_AREA, original.width / original.height))
+        size = _of_area(VISION_AREA, original.width / original.height)
         return pic.to_tensor(pic.resize(original, *size))
 
     def _vision(self, *images: torch.Tensor) -> Any:
@@ -188,7 +189,7 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
         ValueError: a side that is no multiple of 16 or outside its range.
     """
     for name, value in (("width", width), ("height", height)):
-        if not isinstance(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
+        if not is_number(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
             raise ValueError(
                 f"{INPUT} {name} is {value}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
             )
@@ -210,11 +211,16 @@ def reference_size(rule: str, number: int, ratio: float, width: int, height: int
     if rule not in REFERENCE_SIZES:
         raise ValueError(f"{INPUT} reference_size is {rule!r}; it must be one of {', '.join(REFERENCE_SIZES)}.")
     if rule == "one megapixel":
-        return _at_least_one(calculate_dimensions(OFFICIAL_AREA, ratio))
+        return _of_area(OFFICIAL_AREA, ratio)
     if number == 0 and abs(math.log(ratio * height / width)) < max(SAME_ASPECT, MULTIPLE / min(width, height)):
         return width, height
-    return _at_least_one(calculate_dimensions(width * height, ratio))
+    return _of_area(width * height, ratio)
 
 
-def _at_least_one(size: tuple[int, int]) -> tuple[int, int]:
-    return max(MULTIPLE, size[0]), max(MULTIPLE, size[1])
+def _of_area(area: int, ratio: float) -> tuple[int, int]:
+    """diffusers' size for this area; where that has a side of 0, the strip of the least width that has the area."""
+    size = calculate_dimensions(area, ratio)
+    if all(size):
+        return size
+    longest = nearest_multiple(area / MULTIPLE)
+    return (longest, MULTIPLE) if ratio > 1 else (MULTIPLE, longest)

@@ -13,6 +13,7 @@ from ...qwen_edit.attention_auto import TUNED_FILE
 from ...qwen_edit.checkpoints import is_edit_folder
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf import SUFFIX as GGUF
+from ...qwen_edit.gguf import TEXT_ENCODER_HINT
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO = PACK / "demo_model"
@@ -86,6 +87,8 @@ def model_path(name: str) -> Path:
 
 
 def text_encoder_path(name: str) -> Path:
+    if name.lower().endswith(GGUF):
+        raise ValueError(f"{INPUT} The text encoder {name!r} can't be loaded here{TEXT_ENCODER_HINT}.")
     _check("text encoder", name, text_encoders()[1:-1])
     return _file("text_encoders", name)
 

@@ -84,7 +84,7 @@ def load(request: LoadRequest) -> Loaded:
         ("precision", request.precision, PRECISIONS),
         ("attention", request.attention, ATTENTION),
         ("offload", request.offload, OFFLOAD),
-        ("model_version", request.model_version, VERSIONS),
+        ("model_version", request.model_version, tuple(VERSIONS)),
     ):
         if value not in offered:
             raise ValueError(f"{INPUT} {what} is {value!r}; it must be one of {', '.join(offered)}.")

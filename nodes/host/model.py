@@ -15,7 +15,7 @@ import torch
 
 from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
-from ...qwen_edit.errors import INPUT
+from ...qwen_edit.errors import INPUT, MEMORY
 from ...qwen_edit.extra_channels import ExtraChannels
 from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
@@ -174,7 +174,7 @@ ROWS_WHEN_SHORT = 2048
 def run_forward(
     model, forward: Forward, latents, timesteps, context, attention_mask, transformer_options, **of_the_model
 ) -> torch.Tensor:
-    """``denoise`` over ComfyUI's arguments; if memory runs out, once more with the MLPs in parts.
+    """``denoise`` over ComfyUI's arguments; if memory runs out, once more item by item and with the MLPs in parts.
 
     Args:
         latents: output and references, each ``[B, 16, 1, h, w]``.
@@ -183,6 +183,9 @@ def run_forward(
 
     Returns:
         Velocity, shaped as the output.
+
+    Raises:
+        torch.OutOfMemoryError: memory ran out again; ComfyUI then unloads all models.
     """
     if attention_mask is not None and attention_mask.is_floating_point():
         attention_mask = attention_mask >= 0  # ComfyUI's additive masks: 0 attends, hugely negative hides
@@ -191,19 +194,38 @@ def run_forward(
     rounded = latents[0].dtype if forward.positions == "diffusers" else None
     timestep, schedule = _known_times(timesteps, transformer_options, rounded)
 
-    def run(forward: Forward) -> torch.Tensor:
-        packed = torch.cat(tokens, dim=1)
-        options: dict[str, Any] = {"text_mask": attention_mask, "schedule": schedule, **of_the_model}
-        return _unpack(denoise(model, packed, timestep, context, grids, forward, **options), grids[0], latents[0].shape)
+    def run(forward: Forward, items: slice = slice(None)) -> torch.Tensor:
+        packed = torch.cat([t[items] for t in tokens], dim=1)
+        mask = None if attention_mask is None else attention_mask[items]
+        options: dict[str, Any] = {"text_mask": mask, "schedule": schedule, **of_the_model}
+        velocity = denoise(model, packed, timestep[items], context[items], grids, forward, **options)
+        return _unpack(velocity, grids[0], latents[0][items].shape)
 
     try:
         return run(forward)
-    except torch.OutOfMemoryError:
-        pass  # outside, so that the tensors of the failed run are free
+    except Exception as e:
+        _raise_unless_memory(e)  # the rest outside, so that the tensors of the failed run are free
     forward.weights.release()
     comfy.model_management.soft_empty_cache()
-    notes.say("Out of memory: trying once more with the MLPs in parts, which is a little slower.")
-    return run(replace(forward, mlp_rows=ROWS_WHEN_SHORT))
+    batch = len(latents[0])
+    one_by_one = f"its {batch} pictures one by one and " if batch > 1 else ""
+    notes.say(f"Out of memory: trying once more with {one_by_one}the MLPs in parts, which is a little slower.")
+    smaller = replace(forward, mlp_rows=ROWS_WHEN_SHORT)
+    try:
+        return torch.cat([run(smaller, slice(i, i + 1)) for i in range(batch)])
+    except Exception as e:
+        _raise_unless_memory(e)
+        reason = str(e)
+    raise torch.OutOfMemoryError(
+        f"{MEMORY} There is not enough memory for this edit, in parts neither. Choose a smaller size, fewer pictures, a"
+        f" smaller precision (profile 'fast' or 'small') or offload 'stream' on the loader. ({reason})"
+    )
+
+
+def _raise_unless_memory(e: Exception) -> None:
+    """Raise what is no lack of memory, on the card (as ComfyUI tells it) or in RAM."""
+    if not (isinstance(e, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(e)):
+        comfy.model_management.raise_non_oom(e)
 
 
 def _known_times(timesteps: torch.Tensor, transformer_options, rounded: torch.dtype | None):

@@ -7,7 +7,6 @@ They are tried with a real call; what does not run is replaced by PyTorch, with 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import import_module
 
 import torch
 
@@ -49,7 +48,8 @@ def resolve_kernels(device: torch.device, dtype: torch.dtype, quantize: torch.dt
     if device.type != "cuda":
         return _of(reference, "pytorch", f"the model runs on {device.type}")
     try:
-        fused = import_module(f"{__name__}.fused")
+        from . import fused
+
         problem = _probe(fused, device, dtype, quantize)
     except torch.OutOfMemoryError:
         raise  # says nothing about the kernel

@@ -11,11 +11,16 @@ import torch
 import triton
 import triton.language as tl
 
-from ..blocks import BlockType
+from ..blocks import NONLINEAR, BlockType
 from .launch import launch
 
 VALUES = 1024  # of one program
 GROUPS = {"Q2_K": 16, "Q3_K": 16, "Q6_K": 16}  # how many values share a scale; else 32
+# NONLINEAR as bytes of two 64-bit numbers, so that a look-up is a shift.
+_LOW, _HIGH = (
+    tl.constexpr(int.from_bytes(bytes(n & 255 for n in half), "little", signed=True))
+    for half in (NONLINEAR[:8], NONLINEAR[8:])
+)
 
 
 @triton.jit
@@ -34,6 +39,13 @@ def _field(at, i, RUN: tl.constexpr, BITS: tl.constexpr):
     """Number ``i`` of BITS bits: of each RUN bytes first everyone's lowest bits, then the next higher ones."""
     byte = tl.load(at + i // (RUN * 8 // BITS) * RUN + i % RUN).to(tl.int32)
     return (byte >> (i // RUN % (8 // BITS) * BITS)) & ((1 << BITS) - 1)
+
+
+@triton.jit
+def _nonlinear(q):
+    """What the 4 bits ``q`` stand for in the IQ4 formats."""
+    byte = (tl.where(q < 8, _LOW, _HIGH) >> ((q & 7) * 8)) & 255
+    return ((byte ^ 128) - 128).to(tl.float32)
 
 
 @triton.jit
@@ -82,6 +94,12 @@ def _decode(at, i, j, TYPE: tl.constexpr):
         scale = _half(at + 208)[:, None] * _signed(group + 192 + j)
         q = _field(value, i, 64, 4) | (_field(value + 128, i, 32, 2) << 4)
         y = scale[:, :, None] * (q - 32).to(tl.float32)
+    elif TYPE == "IQ4_NL":
+        y = _half(at)[:, None, None] * _nonlinear(_field(value + 2, i, 16, 4))
+    elif TYPE == "IQ4_XS":
+        six = _field(group + 4, j, 1, 4) | (_field(group + 2, j, 1, 2) << 4)
+        scale = _half(at)[:, None] * (six - 32).to(tl.float32)
+        y = scale[:, :, None] * _nonlinear(_field(value + 8, i, 16, 4))
     else:
         scale, minimum = _of_8(group + 4, j)
         scale *= _half(at)[:, None]

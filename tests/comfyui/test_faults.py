@@ -72,6 +72,12 @@ def _trailing(path):
     path.write_bytes(path.read_bytes() + b"more")
 
 
+def _overlapping(path):
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    header = json.dumps({"img_in.weight": entry, "txt_in.weight": entry}).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(8))
+
+
 def _huge_header(path):
     path.write_bytes(struct.pack("<Q", 1 << 40) + b"{" + b" " * 600)
 
@@ -95,6 +101,16 @@ def _missing(path):
     save_file(state, path)
 
 
+def _unexpected(path):
+    save_file(transformer_state() | {f"extra.{i}.weight": torch.zeros(2) for i in range(7)}, path)
+
+
+def _no_end_of_blocks(path):
+    """A name that announces a thousand million blocks, each of which would have to be built to be missed."""
+    state = transformer_state()
+    save_file(state | {"transformer_blocks.999999999.attn.to_q.weight": torch.zeros(2)}, path)
+
+
 def _gap(path):
     save_file({k.replace("blocks.1.", "blocks.4."): v for k, v in transformer_state().items()}, path)
 
@@ -113,11 +129,14 @@ BAD_FILES = {
     "pickle": (_pickle, "zip or pickle"),
     "truncated": (_truncated, "damaged or was not downloaded to its end"),
     "trailing bytes": (_trailing, "damaged"),
+    "overlapping offsets": (_overlapping, "damaged"),
     "huge header": (_huge_header, "no safetensors header"),
     "empty": (_empty, "empty or cut off"),
     "flux": (_flux, "found FLUX"),
     "lora": (_lora, "found a LoRA"),
     "missing": (_missing, "2 tensors are missing"),
+    "unexpected": (_unexpected, "7 tensors are unexpected (extra.0.weight, extra.1.weight, extra.2.weight,"),
+    "a thousand million blocks": (_no_end_of_blocks, "blocks"),
     "gap": (_gap, "missing"),
     "unknown format": (_unknown_format, "transformer_blocks.1.attn.to_q.weight has the format 'int3_tilewise'"),
 }

@@ -227,6 +227,7 @@ KEY = "transformer.transformer_blocks.0.attn.to_q.lora_A.weight"
 BAD = {
     "of another model": (lambda s: {"double_blocks.0.img_attn.qkv.lora_A.weight": torch.zeros(4, 8)}, "another model"),
     "with NaN": (lambda s: s | {KEY: s[KEY] * float("nan")}, f"{KEY} holds NaN"),
+    "with infinity": (lambda s: s | {KEY: s[KEY] * float("inf")}, f"{KEY} holds NaN or infinity"),
     "with a rank mismatch": (lambda s: s | {KEY: s[KEY][:2].clone()}, "rank 2"),
     "of rank zero": (lambda s: s | {KEY: s[KEY][:0].clone()}, "rank zero"),
     "of another width": (lambda s: s | {KEY: s[KEY][:, :8].clone()}, "needs"),

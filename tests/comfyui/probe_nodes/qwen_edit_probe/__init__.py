@@ -73,6 +73,49 @@ async def look(request):
     )
 
 
+_AUDITED = (
+    "open",
+    "os.",
+    "shutil.",
+    "socket.",
+    "subprocess.",
+    "pickle.find_class",
+    "ftplib.",
+    "urllib.",
+    "webbrowser.",
+)
+_audit: list[list[str]] | None = None
+_hooked = False
+
+
+def _record(event, arguments):
+    if _audit is not None and event.startswith(_AUDITED):
+        _audit.append([event, threading.current_thread().name, *(repr(a) for a in arguments)])
+
+
+@PromptServer.instance.routes.get("/qwen_edit_probe/audit")
+async def audit(request):
+    """What Python's audit events (files, network, processes, pickle) told since the last call; listening goes on."""
+    global _audit, _hooked
+    if not _hooked:
+        sys.addaudithook(_record)
+        _hooked = True
+    told, _audit = _audit, []
+    return web.json_response(told or [])
+
+
+@PromptServer.instance.routes.get("/qwen_edit_probe/routes")
+async def routes(request):
+    """[method, path] of every route whose handler is the pack's."""
+    pack = pack_module("doctor").__name__.removesuffix(".nodes.host.doctor")
+    found = [
+        [route.method, route.resource.canonical]
+        for route in PromptServer.instance.app.router.routes()
+        if route.resource is not None and getattr(route.handler, "__module__", "").startswith(pack)
+    ]
+    return web.json_response(found)
+
+
 class Pass:
     """Hands a value on; another nonce makes everything after it run again."""
 
@@ -119,6 +162,23 @@ class Text:
         return (text,)
 
 
+class Json:
+    """Any value that JSON knows, wrapped in a list because ComfyUI takes a list of two for a link."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"value": (ANY,)}}
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, input_types):
+        return True
+
+    def run(self, value):
+        return (value[0],)
+
+
 class Picture:
     """An IMAGE of any shape ("2,64,64,3") filled with one number, or a "ramp"."""
 
@@ -126,14 +186,42 @@ class Picture:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"shape": ("STRING",), "fill": ("STRING",)}}
+        required = {"shape": ("STRING",), "fill": ("STRING",)}
+        return {"required": required, "optional": {"dtype": ("STRING", {"default": "float32"})}}
 
-    def run(self, shape, fill):
+    def run(self, shape, fill, dtype="float32"):
+        return (self.made(shape, fill).to(getattr(torch, dtype)),)
+
+    def made(self, shape, fill):
         size = [int(s) for s in shape.split(",")]
         if fill == "ramp":
             count = max(1, torch.Size(size).numel())
-            return (torch.arange(count).float().mul(7).remainder(256).div(255).view(size),)
-        return (torch.full(size, float(fill)),)
+            return torch.arange(count).float().mul(7).remainder(256).div(255).view(size)
+        return torch.full(size, float(fill))
+
+
+class PictureList(Picture):
+    """Two pictures of different sizes, as a list."""
+
+    OUTPUT_IS_LIST = (True,)
+
+    def run(self, shape, fill, dtype="float32"):
+        return ([self.made(one, fill) for one in shape.split(";")],)
+
+
+class Unchanged:
+    """Fails unless the IMAGE is still of one value, as ProbePicture made it; runs after `after`."""
+
+    CATEGORY, FUNCTION, RETURN_TYPES, OUTPUT_NODE = "probe", "run", (), True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"image": ("IMAGE",), "after": (ANY,)}}
+
+    def run(self, image, after):
+        if image.unique().numel() != 1 or image.dtype != torch.float32:
+            raise RuntimeError("The picture was changed.")
+        return ()
 
 
 class Damage:
@@ -192,25 +280,35 @@ def _out_of_memory(apply, args):
 
 
 class OutOfMemory:
-    """The MODEL; the attention of our forward runs out of memory the next `times` times."""
+    """The MODEL; the attention of our forward runs out of memory the next `times` times.
+
+    kind: "raised", as a card's allocator says it; "allocated": 64 TiB are really asked for; "batch": each time that it
+    is given more than one item.
+    """
 
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", ("MODEL",)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"model": ("MODEL",), "times": ("INT",), "nonce": ("STRING",)}}
+        required = {"model": ("MODEL",), "times": ("INT",), "nonce": ("STRING",)}
+        return {"required": required, "optional": {"kind": ("STRING", {"default": "raised"})}}
 
-    def run(self, model, times, nonce):
+    def run(self, model, times, nonce, kind="raised"):
         wrappers = model.get_wrappers("diffusion_model", "qwen_edit_accelerate")
         holder = wrappers[0] if wrappers else model.model.diffusion_model
         whole, left = holder.attention, times
 
         def attend(*args, **kwargs):
             nonlocal left
+            if kind == "batch" and len(args[0]) == 1:
+                return whole.attend(*args, **kwargs)
             left -= 1
             if left < 0:
                 return whole.attend(*args, **kwargs)
-            holder.attention = whole
+            if left == 0:
+                holder.attention = whole
+            if kind == "allocated":
+                torch.empty(2**46, dtype=torch.uint8)
             _out_of_memory(None, None)
 
         holder.attention = dataclasses.replace(whole, attend=attend)
@@ -321,7 +419,10 @@ NODE_CLASS_MAPPINGS = {
     "ProbePass": Pass,
     "ProbeNumber": Number,
     "ProbeText": Text,
+    "ProbeJson": Json,
     "ProbePicture": Picture,
+    "ProbePictureList": PictureList,
+    "ProbeUnchanged": Unchanged,
     "ProbeDamage": Damage,
     "ProbePatch": Patch,
     "ProbeOutOfMemory": OutOfMemory,
