@@ -48,7 +48,7 @@ class ComfyServer:
 
     `work` is a folder that the server may fill; it stays when the server stops. `extra` are more
     arguments for ComfyUI's main.py. The server can be stopped, killed and started again; every start
-    takes a new port. Raises HostError with the end of the log when ComfyUI does not come up.
+    takes a new port, or ``port`` if it is named. Raises HostError with the end of the log when ComfyUI does not come up.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class ComfyServer:
         extra: Sequence[str] = (),
         cpu: bool = False,
         report: Callable[[str], None] = say,
+        port: int | None = None,
     ):
         self.host = host
         self.work = work.resolve()
@@ -69,6 +70,7 @@ class ComfyServer:
         self.url = ""
         self._extra = [*(["--cpu"] if cpu else []), *extra]
         self._report = report
+        self._port = port
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -94,7 +96,7 @@ class ComfyServer:
         """Start ComfyUI and return when it answers."""
         for folder in (self.input, self.output, self.user, self.temp):
             folder.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        port = self._port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._report(f"Starting ComfyUI on {self.url} (log: {self.log})")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
