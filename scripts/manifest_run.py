@@ -135,10 +135,8 @@ class ManifestRun:
         Raises:
             ComfyError: no server answers at first, or it stays away too long, or refuses the workflow, or someone cancels.
         """
-        self._output.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(self._output)
         self._show = show
-        self._tasks = self._plan()
+        self._tasks = self.plan()
         begin = time.monotonic()
         with ComfyClient(url) as client:
             try:
@@ -171,8 +169,10 @@ class ManifestRun:
 
     # What there is to do
 
-    def _plan(self) -> Iterator[Task]:
-        """The items whose results are not there yet, in the manifest's order."""
+    def plan(self) -> Iterator[Task]:
+        """The items whose results are not there yet, in the manifest's order; the others are counted."""
+        self._output.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._output)
         begun = set()
         for item in self._items:
             task = item if isinstance(item, Refused) else self._task(item)
@@ -220,8 +220,7 @@ class ManifestRun:
                 PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
                 for path, key in zip(task.paths, task.hashes, strict=True)
             ]
-            values = {name: getattr(task.item, name) for name in (*Defaults.__dataclass_fields__, "name")}
-            rows.append(json.dumps({"pictures": names} | values))
+            rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
         manifest = "\n".join(rows).encode()
         workflow = copy.deepcopy(self._workflow)
         workflow[self._node]["inputs"]["source"] = client.upload(
@@ -247,7 +246,7 @@ class ManifestRun:
             if task.result not in pending or self._collect(client, task):
                 continue
             why = reasons.get(number, "the server left no result").replace(f"line {number}", "", 1).lstrip(" (")
-            self._fail(task, why.removeprefix(f"{task.item.name}): "))
+            self.fail(task, why.removeprefix(f"{task.item.name}): "))
 
     def _failed(self, result: Result) -> list[dict[str, Any]]:
         return result.outputs.get(self._node, {}).get("failed", [])
@@ -261,16 +260,14 @@ class ManifestRun:
             raise
         except ComfyError:
             return False
-        path = self._output / task.result
-        temporary = temporary_path(path)
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        save(self._output / task.result, data)
         self.summary.written += 1
         self._since_loss += 1
         self._alone = False
         return True
 
-    def _fail(self, task: Task, why: str) -> None:
+    def fail(self, task: Task, why: str) -> None:
+        """Count an item as failed."""
         item = task.item
         self.summary.failed.append(Refused(item.line, item.name, f"line {item.line} ({item.name}): {why}"))
 
@@ -286,7 +283,7 @@ class ManifestRun:
             first, self._alone = left[0], True
             self._losses[first.result] += len(left) == 1
             if self._losses[first.result] == LOSSES:
-                self._fail(left.pop(0), f"the server went away {LOSSES} times while it was on this item alone")
+                self.fail(left.pop(0), f"the server went away {LOSSES} times while it was on this item alone")
         self._since_loss = 0
         self._again.extendleft(reversed(left))
 
@@ -300,6 +297,18 @@ class ManifestRun:
                 if time.monotonic() - begin > self._patience_s:
                     raise ComfyError(f"The server stayed away for {duration(self._patience_s)}. {error}") from None
                 time.sleep(1)
+
+
+def fields_of(item: Item) -> dict[str, Any]:
+    """An item's line in a manifest, but for its pictures."""
+    return {name: getattr(item, name) for name in (*Defaults.__dataclass_fields__, "name")}
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write a result such that it is whole whenever it exists."""
+    temporary = temporary_path(path)
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
 
 
 def _cancel(client: ComfyClient, prompt_id: str) -> None:
