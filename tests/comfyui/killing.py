@@ -100,7 +100,7 @@ def run_with_kills(
         client = Client(server, manifest, work / "killed", side)
         for number in range(kills):
             # from reading weights to writing a result, everything happens in these seconds
-            time.sleep(chance.uniform(1, 9))
+            time.sleep(chance.uniform(2, 14))
             assert client.process.poll() is None, f"The run was over before kill {number + 1}."
             server.kill()
             down = time.monotonic()
