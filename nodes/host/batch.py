@@ -30,7 +30,7 @@ from ...qwen_edit.geometry import calculate_dimensions
 from ...qwen_edit.manifest import Item, Refused, contained, digest, hash_bytes, is_picture, result_name
 from ...qwen_edit.recipes import Recipe
 from . import notes, sampling, status
-from .batch_files import read_picture, write_png
+from .batch_files import check_size, read_picture, write_png
 from .encoding import Edit, Encoder, Pixels, leave_card
 
 UNWRITTEN = 4  # results that may wait for the writing thread
@@ -68,9 +68,10 @@ class Ready:
 
 @dataclass(frozen=True)
 class There:
-    """An item whose result exists."""
+    """An item whose result exists, or is being made because the same item stands further up."""
 
     item: Item
+    result: str
 
 
 @dataclass
@@ -104,11 +105,12 @@ class Batch:
         self.tally = Tally()
         self._input = Path(folder_paths.get_input_directory()).resolve()
         self._begun: set[str] = set()  # results of this run, for items that are there twice
+        self._there: list[There] = []  # that are not counted yet
         self._encoder = Encoder(clip, vae)
         self._picture = lru_cache(maxsize=settings.wave)(read_picture)  # by one thread, so none is read twice
         self._reader = ThreadPoolExecutor(1, "qwen-edit-read")
         self._writer = ThreadPoolExecutor(1, "qwen-edit-write")
-        self._unwritten: deque[tuple[Item, Future[None]]] = deque()
+        self._unwritten: deque[tuple[Item, Future[str]]] = deque()
         self._done = 0
 
     def run(self, items: Sequence[Item | Refused]) -> Tally:
@@ -128,6 +130,9 @@ class Batch:
             self._reader.shutdown(wait=False, cancel_futures=True)
             self._settle(0)
             self._writer.shutdown()
+        self._count_those_there()
+        for one in self._there:
+            self._fail(_refused(one.item, ValueError(f"{INPUT} It failed further up, where it stands too."), "made"))
         return self.tally
 
     # Reading
@@ -146,16 +151,23 @@ class Batch:
             if isinstance(read, Ready):
                 wave.append(read)
             elif isinstance(read, There):
-                self.tally.there += 1
-                self._count("items_already_there")
+                self._there.append(read)
             else:
                 self._fail(read)
+            self._count_those_there()
             comfy.model_management.throw_exception_if_processing_interrupted()
             if len(wave) == self.settings.wave:
                 yield wave
                 wave = []
         if wave:
             yield wave
+
+    def _count_those_there(self) -> None:
+        found = [one for one in self._there if (self.folder / one.result).exists()]
+        for one in found:
+            self._there.remove(one)
+            self.tally.there += 1
+            self._count("items_already_there")
 
     def _read(self, item: Item | Refused) -> Ready | There | Refused:
         """In the reading thread."""
@@ -167,11 +179,12 @@ class Batch:
                 for name, path in zip(item.pictures, paths, strict=True):
                     if not (path.is_file() and is_picture(path.name)):
                         raise ValueError(f"{INPUT} {name!r:.200} is no picture (PNG, JPEG, WebP, BMP or TIFF).")
+                    check_size(name, path)
                 hashes = [hash_bytes(path.read_bytes()) for path in paths]
                 key = digest(item, hashes, self.settings.identity)
                 name = result_name(item, key)
                 if name in self._begun or (self.folder / name).exists():
-                    return There(item)
+                    return There(item, name)
                 self._begun.add(name)
                 names = [path.relative_to(self._input).as_posix() for path in paths]
                 edit = self._edit(item, tuple(map(self._picture, names, hashes)))
@@ -317,7 +330,7 @@ def _refused(item: Item, error: Exception, what: str) -> Refused:
     elif isinstance(error, ValueError) and str(error).startswith("[QE_"):
         why = str(error)
     else:
-        logging.warning("Qwen Edit Fast: line %d", item.line, exc_info=error)
+        logging.info("Qwen Edit Fast: line %d", item.line, exc_info=error)
         why = f"{INPUT} It can't be {what} ({type(error).__name__}); the log has more."
     return Refused(item.line, item.name, f"line {item.line} ({item.name}): {why}")
 

@@ -29,6 +29,8 @@ from ...qwen_edit.manifest import (
     temporary_path,
 )
 
+MAX_PIXELS = 120_000_000  # as float32 1.4 GB; PIL itself begins to refuse at 179 million
+
 
 def items_of(source: str, defaults: Defaults) -> tuple[list[Item | Refused], Path]:
     """The items of a manifest or of a folder of pictures in ComfyUI's input folder, and the folder their names start from.
@@ -71,10 +73,20 @@ def shown(folder: Path, names: Iterable[str]) -> list[dict[str, str]]:
     return [{"filename": name, "subfolder": subfolder, "type": "output"} for name in names]
 
 
+def check_size(name: str, path: Path) -> None:
+    """Raise a ValueError for a picture that would take all memory, by what its file says before it is decoded."""
+    with Image.open(path) as picture:
+        width, height = picture.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(
+            f"{INPUT} {name!r:.200} is {width}×{height}; at most {MAX_PIXELS // 10**6} megapixels are read. Reduce it."
+        )
+
+
 def read_picture(name: str, content: str) -> torch.Tensor:
     """The picture as Load Image reads it, ``[1, H, W, C]``; ``content`` tells the cache when it has changed."""
     del content
-    images, _ = nodes.LoadImage().load_image(name)
+    images, _ = nodes.LoadImage().load_image(name)  # pyright: ignore[reportAttributeAccessIssue]
     return images[:1]  # of an animation its first picture
 
 

@@ -22,7 +22,7 @@ MAX_ERROR = 2000  # characters
 LOOKED_AT = 64  # prompts of ComfyUI's history
 
 _LOCK = threading.Lock()
-_COUNTERS = Counter(dict.fromkeys(("edits", "items_written", "items_already_there", "items_failed"), 0))
+_COUNTERS: Counter[str] = Counter(dict.fromkeys(("edits", "items_written", "items_already_there", "items_failed"), 0))
 _ITEM_ERROR: list[str] = []  # the last, of a batch
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +70,10 @@ def test_bad_items_are_named_and_skipped(client, server):
     (server.input / "bad" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
     (server.input / "bad" / "cut.png").write_bytes(to_png(picture(0, 256, 256))[:3000])
     (server.input / "bad" / "notes.txt").write_text("no picture")
+    bomb = to_png(picture(0))
+    size = struct.pack(">II", 60_000, 60_000)
+    bomb = bomb[:16] + size + bomb[24:29] + struct.pack(">I", zlib.crc32(b"IHDR" + size + bomb[24:29])) + bomb[33:]
+    (server.input / "bad" / "bomb.png").write_bytes(bomb)
     source = put_manifest(
         server,
         "bad/manifest.jsonl",
@@ -83,12 +89,13 @@ def test_bad_items_are_named_and_skipped(client, server):
         {"picture": "good.png", "colour": "red"},
         {"picture": "cut.png"},
         {"picture": "last.png"},
+        {"picture": "bomb.png"},
     )
     result = client.run(batch_graph(source, "bad"), timeout_s=120)
     failed = result.outputs["batch"]["failed"]
     lines = [entry["line"] for entry in failed]
     # PyAV reads what is there of a file that was cut off, as Load Image does
-    assert set(range(2, 11)) <= set(lines) <= set(range(2, 12))
+    assert {*range(2, 11), 13} <= set(lines) <= {*range(2, 12), 13}
     assert {path.name.split("_")[0] for path in results(server, "bad")} >= {"good", "last"}
     said = report(result)
     assert "line 2 (missing): [QE_INPUT] There is no 'missing.png' in ComfyUI's folder" in said
@@ -123,9 +130,11 @@ def test_a_run_goes_on_where_it_was(client, server):
 
 def test_an_item_that_is_there_twice_is_made_once(client, server):
     put_pictures(server, "twice", "a.png")
-    source = put_manifest(server, "twice/manifest.jsonl", *[{"picture": "a.png"}] * 3)
+    (server.input / "twice" / "broken.png").write_bytes(b"\x89PNG")
+    rows = [{"picture": "a.png"}] * 3 + [{"picture": "broken.png"}] * 2
+    source = put_manifest(server, "twice/manifest.jsonl", *rows)
     result = client.run(batch_graph(source, "twice"), timeout_s=120)
-    assert "3 items: 1 written, 2 already there" in report(result)
+    assert "5 items: 1 written, 2 already there, 2 failed" in report(result)
     assert len(results(server, "twice")) == 1
 
 
