@@ -41,7 +41,7 @@ class Loaded:
 
 
 def run_load(server: ComfyServer, edits: int, side: int = 128) -> Loaded:
-    """Queue ``edits`` edits of 4 steps from two clients in turn, and check each result and whose it is."""
+    """Queue ``edits`` edits of 4 steps without guidance from two clients in turn, and check each result and whose it is."""
     outcome = Loaded(edits)
     process = psutil.Process(server.pid)
     lock = threading.Lock()
@@ -87,5 +87,5 @@ def run_load(server: ComfyServer, edits: int, side: int = 128) -> Loaded:
 
 
 def _graphs(client: ArrayClient, number: int, side: int) -> list[Graph]:
-    graph = small_edit(client, picture(number, side, side), prompt=PROMPTS[number], steps=4)
+    graph = small_edit(client, picture(number, side, side), prompt=PROMPTS[number], steps=4, true_cfg_scale=1.0)
     return [changed(graph, "sampler", seed=100 * number + seed) for seed in range(SEEDS)]
