@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .four_bit import is_four_bit, unpacked_weights
 from .kernels import FusedKernels, Rows
 from .packed import PackedLinear, unpacked
 from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
@@ -120,12 +121,18 @@ def operand(weights: WeightReader, module: Any) -> Operand:
 
 
 def unpacked_operand(modules: Sequence[Any]) -> Operand | None:
-    """Linears over the same input whose weights are in ggml's formats, as one: the floats are made here, side by side, and
-    go with the operand. None if one of them is of another kind."""
-    if not all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
+    """Linears over the same input whose weights are in ggml's formats or of 4 bits, as one: what is multiplied is made
+    here, side by side, and goes with the operand. None if one of them is of another kind."""
+    if any(runs_itself(m) for m in modules):
         return None
-    weight, bias = unpacked(modules)
-    return Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)
+    widths = tuple(m.out_features for m in modules)
+    if all(type(m) is PackedLinear for m in modules):
+        weight, bias = unpacked(modules)
+        return Operand(tuple(modules), widths, weight, None, bias)
+    if all(is_four_bit(m.weight) for m in modules):
+        bias = modules[0].bias if len(modules) == 1 else torch.cat([m.bias for m in modules])
+        return Operand(tuple(modules), widths, *unpacked_weights([m.weight for m in modules], bias.dtype), bias)
+    return None
 
 
 def packed(operands: Sequence[Operand]) -> Operand | None:
@@ -152,8 +159,8 @@ def _joined(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
             return None
         if part.stride() != first.stride() or row < dense or (part.ndim > 1 and part.stride(-1) != 1):
             return None
-        at += len(part) * row
-    return first.as_strided((sum(map(len, parts)), *first.shape[1:]), first.stride())
+        at += part.shape[0] * row
+    return first.as_strided((sum(p.shape[0] for p in parts), *first.shape[1:]), first.stride())
 
 
 def pack(linears: Sequence[Any]) -> None:
@@ -229,7 +236,7 @@ def _with_channels(op: Operand, rows: Rows, kernels: FusedKernels) -> tuple[Oper
     if op.channels is None or op.weight is None or rows.room < op.room:
         return op, rows.data if op.scale is not None else rows.unquantized, False
     x = kernels.append_low_rank(rows.data, op.channels.down, op.channels.gain)
-    weight = op.weight.as_strided((len(op.weight), x.shape[1]), op.weight.stride())
+    weight = op.weight.as_strided((op.weight.shape[0], x.shape[1]), op.weight.stride())
     return replace(op, weight=weight), x, True
 
 

@@ -138,7 +138,7 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     precision = _precision(request, source, device)
     head_dim = int(source.config.get("attention_head_dim", 128))
     attention = resolve(request.attention, device, precision.dtype, head_dim, folders.tuned_attention())
-    kernels = resolve_kernels(device, precision.dtype, precision.activations)
+    kernels = resolve_kernels(device, precision.dtype, precision.activations(device))
     # The model first, because it takes no memory yet and tells whether the files fit.
     latents = statistics(vae_path) if vae_path.is_dir() else None
     keep_on_card = request.offload == "none"
