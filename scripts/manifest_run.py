@@ -245,8 +245,8 @@ class ManifestRun:
         for number, task in enumerate(queued.tasks, 1):
             if task.result not in pending or self._collect(client, task):
                 continue
-            why = reasons.get(number, "the server left no result").replace(f"line {number}", "", 1).lstrip(" (")
-            self.fail(task, why.removeprefix(f"{task.item.name}): "))
+            why = reasons.get(number, "the server left no result")
+            self.fail(task, why.partition("): ")[2] or why)  # its line is one of the chunk
 
     def _failed(self, result: Result) -> list[dict[str, Any]]:
         return result.outputs.get(self._node, {}).get("failed", [])

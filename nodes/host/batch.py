@@ -209,7 +209,6 @@ class Batch:
             except Exception as error:
                 self._fail_or_raise(ready.item, error, "encoded")
                 continue
-            latent = sampling.native_latent(self.model, latent)
             alike = (ready.sizes, sampling.joins(positive), sampling.joins(negative))
             encoded.append((alike, _Encoded(ready, positive, negative, latent, said)))
         leave_card(self.clip)
