@@ -70,8 +70,9 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(OFFLOAD),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as ComfyUI's memory manager decides; a transformer too large for the card is streamed. none: stay on the card. text encoder: it leaves the"
-                    " card after encoding. stream: the transformer's blocks come from RAM one by one, slow but small.",
+                    tooltip="auto: as many of the transformer's blocks stay on the card as ComfyUI has room for when it is loaded;"
+                    " the others come from RAM while the ones before them compute. none: all of it stays on the card. text"
+                    " encoder: as auto, and the text encoder leaves the card after encoding. stream: all blocks come from RAM.",
                 ),
                 io.Combo.Input(
                     "model_version",
