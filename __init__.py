@@ -12,11 +12,12 @@ async def comfy_entrypoint():
         from comfy_api.latest import ComfyExtension
 
         from .nodes import NODES
-        from .nodes.host.doctor import register
+        from .nodes.host import doctor, status
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            register()
+            for routes in (doctor, status):
+                routes.register()
 
         async def get_node_list(self):
             return NODES

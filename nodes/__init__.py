@@ -1,6 +1,7 @@
 """The nodes of the pack, in the order in which an edit uses them."""
 
 from .accelerate import QwenEditAccelerate
+from .batch import QwenEditBatch
 from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
@@ -18,4 +19,5 @@ NODES = [
     QwenEditStepPreset,
     QwenEditRestoreSize,
     QwenEditPerfLogger,
+    QwenEditBatch,
 ]

@@ -23,6 +23,7 @@ from typing import Any
 from comfy_socket import WebSocket
 
 RECONNECT_S = 10  # How long a server that was there may be away before it counts as gone.
+MOST_EVENTS = 50_000  # that a client keeps: a queue that runs all night brings millions
 PREVIEW_EVENT, TEXT_EVENT = 1, 3  # ComfyUI's BinaryEventTypes.PREVIEW_IMAGE and TEXT
 
 # A proxy for the internet must not be asked for a server on this machine or network.
@@ -58,6 +59,10 @@ class ExecutionFailed(ComfyError):
 
 class Interrupted(ComfyError):
     """The prompt was interrupted or taken out of the queue."""
+
+
+class PromptLost(Interrupted):
+    """The prompt is in neither the queue nor the history: it was deleted, or ComfyUI was restarted."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,7 @@ def node_order(node_id: str) -> list[tuple[int, str]]:
 class ComfyClient:
     """One client of one ComfyUI, with a websocket of its own. Use it in a `with` statement.
 
-    `events` lists what the websocket brought, in order. Preview pictures are only kept with
+    `events` lists what the websocket brought, in order, the last MOST_EVENTS of it. Preview pictures are only kept with
     `keep_previews`. Raises ServerUnreachable when nothing answers at `url`.
     """
 
@@ -115,6 +120,7 @@ class ComfyClient:
         self.events: list[Event] = []
         self._keep_previews = keep_previews
         self._first_event: dict[str, int] = {}
+        self._dropped = 0
         self._changed = threading.Condition()
         self._closed = False
         self._socket = self._connect()
@@ -141,8 +147,10 @@ class ComfyClient:
         """POST a JSON document and return the body of the answer."""
         return self._request(path, json.dumps(document).encode(), "application/json")
 
-    def upload(self, picture: Path | bytes, name: str | None = None) -> str:
+    def upload(self, picture: Path | bytes, name: str | None = None, subfolder: str = "") -> str:
         """Upload a picture into ComfyUI's input folder and return the name that LoadImage takes.
+
+        A file of this name with other contents is kept, and the upload gets another name.
 
         Raises FileNotFoundError when the file is not there.
         """
@@ -154,13 +162,14 @@ class ComfyClient:
             f'--{boundary}\r\nContent-Disposition: form-data; name="image"; filename="{quoted}"\r\n'
             "Content-Type: application/octet-stream\r\n\r\n"
         )
-        body = head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
+        folder = f'--{boundary}\r\nContent-Disposition: form-data; name="subfolder"\r\n\r\n{subfolder}\r\n'
+        body = folder.encode() + head.encode() + data + f"\r\n--{boundary}--\r\n".encode()
         answer = json.loads(self._request("/upload/image", body, f"multipart/form-data; boundary={boundary}"))
         return f"{answer['subfolder']}/{answer['name']}" if answer["subfolder"] else answer["name"]
 
     def queue(self, workflow: dict[str, Any], extra_data: dict[str, Any] | None = None) -> str:
         """Queue a workflow in API format and return its prompt id. Raises PromptRejected."""
-        first_event = len(self.events)
+        first_event = self._dropped + len(self.events)
         document = {"prompt": workflow, "client_id": self.client_id, "extra_data": extra_data or {}}
         prompt_id = json.loads(self.post("/prompt", document))["prompt_id"]
         self._first_event[prompt_id] = first_event
@@ -223,8 +232,7 @@ class ComfyClient:
         position = self._first_event.get(prompt_id, 0)
         begin = last_contact = time.monotonic()
         while True:
-            fresh = self._events_after(position, patience_s=1)
-            position += len(fresh)
+            fresh, position = self._events_after(position, patience_s=1)
             for event in fresh:
                 if on_event and event.data.get("prompt_id") in (None, prompt_id):
                     on_event(event)
@@ -239,10 +247,11 @@ class ComfyClient:
             if timeout_s is not None and time.monotonic() - begin > timeout_s:
                 raise TimeoutError(f"Prompt {prompt_id} had not finished after {timeout_s} s.")
 
-    def _events_after(self, position: int, patience_s: float) -> list[Event]:
+    def _events_after(self, position: int, patience_s: float) -> tuple[list[Event], int]:
+        """The events from `position` on that are kept, and the position after them."""
         with self._changed:
-            self._changed.wait_for(lambda: len(self.events) > position, patience_s)
-            return self.events[position:]
+            self._changed.wait_for(lambda: self._dropped + len(self.events) > position, patience_s)
+            return self.events[max(0, position - self._dropped) :], self._dropped + len(self.events)
 
     def _finished(self, prompt_id: str) -> Result | None:
         entry = self.get(f"/history/{prompt_id}").get(prompt_id)
@@ -253,9 +262,7 @@ class ComfyClient:
             # It may have finished between the two questions.
             entry = self.get(f"/history/{prompt_id}").get(prompt_id)
         if entry is None:
-            raise Interrupted(
-                f"Prompt {prompt_id} is no longer in the queue: it was deleted, or ComfyUI was restarted."
-            )
+            raise PromptLost(f"Prompt {prompt_id} is no longer in the queue: it was deleted, or ComfyUI was restarted.")
         for kind, details in entry["status"]["messages"]:
             if kind == "execution_error":
                 raise ExecutionFailed(details)
@@ -292,6 +299,9 @@ class ComfyClient:
     def _record(self, event: Event) -> None:
         with self._changed:
             self.events.append(event)
+            if len(self.events) > MOST_EVENTS:
+                self._dropped += MOST_EVENTS // 2
+                del self.events[: MOST_EVENTS // 2]
             self._changed.notify_all()
 
     def _reconnect(self) -> None:

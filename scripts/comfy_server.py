@@ -19,7 +19,7 @@ import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from comfy_host import PACK_NAME, REPO, Host, HostError, link_pack, say
+from comfy_host import PACK_NAME, REPO, SCRIPTS, Host, HostError, link_pack, say
 
 START_TIMEOUT_S = 300
 STOP_TIMEOUT_S = 15
@@ -48,7 +48,8 @@ class ComfyServer:
 
     `work` is a folder that the server may fill; it stays when the server stops. `extra` are more
     arguments for ComfyUI's main.py. The server can be stopped, killed and started again; every start
-    takes a new port. Raises HostError with the end of the log when ComfyUI does not come up.
+    takes a new port, or `port` if it is named. `with_parent` ends it when this process is gone, however that went. Raises
+    HostError with the end of the log when ComfyUI does not come up.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class ComfyServer:
         extra: Sequence[str] = (),
         cpu: bool = False,
         report: Callable[[str], None] = say,
+        port: int | None = None,
+        with_parent: bool = False,
     ):
         self.host = host
         self.work = work.resolve()
@@ -69,6 +72,8 @@ class ComfyServer:
         self.url = ""
         self._extra = [*(["--cpu"] if cpu else []), *extra]
         self._report = report
+        self._port = port
+        self._with_parent = with_parent
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ComfyServer:
@@ -94,7 +99,7 @@ class ComfyServer:
         """Start ComfyUI and return when it answers."""
         for folder in (self.input, self.output, self.user, self.temp):
             folder.mkdir(parents=True, exist_ok=True)
-        port = free_port()
+        port = self._port or free_port()
         self.url = f"http://127.0.0.1:{port}"
         self._report(f"Starting ComfyUI on {self.url} (log: {self.log})")
         environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -105,7 +110,7 @@ class ComfyServer:
                 self._command(port),
                 cwd=self.host.comfyui,
                 env=environment,
-                stdin=subprocess.DEVNULL,
+                stdin=subprocess.PIPE if self._with_parent else subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # A group of its own, so that all of it can be stopped and Ctrl-C reaches only us.
@@ -120,7 +125,7 @@ class ComfyServer:
 
     def _command(self, port: int) -> list[str | Path]:
         return [
-            self.host.python, "main.py", "--listen", "127.0.0.1", "--port", str(port),
+            self.host.python, *([SCRIPTS / "with_parent.py"] if self._with_parent else []), "main.py", "--listen", "127.0.0.1", "--port", str(port),
             "--input-directory", self.input, "--output-directory", self.output,
             "--user-directory", self.user, "--temp-directory", self.temp,
             "--database-url", "sqlite:///:memory:", "--disable-auto-launch", "--disable-api-nodes",

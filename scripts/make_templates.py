@@ -155,14 +155,30 @@ The result is that of Qwen Edit Sampler with the same preset and seed.
             ("Result", (7, 8, 9)),
         ),
     ),
+    "batch_of_edits": Layout(
+        """# A batch of edits
+
+1. Put a folder of pictures, or a manifest (.csv, .jsonl) with one edit on each line, into ComfyUI's *input* folder.
+2. Type its name into *source*. Empty: every picture that lies directly in the input folder.
+3. Run. Results appear in *output* as they finish; bad items are listed in *Report* and skipped.
+
+Cancel whenever you like. Run again, and it goes on where it was. Keep the seed fixed: another seed makes new results.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model", (1,)),
+            ("Batch", (2,)),
+            ("Report", (3,)),
+        ),
+    ),
 }
 
 ARRANGE = """
 const [note, columns] = args;
-const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, SaveImage: 340,
+const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, QwenEditBatch: 420, PreviewAny: 400, SaveImage: 340,
                PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320};
 const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
-                PrimitiveStringMultiline: 110};
+                PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300};
 const REPORT = 90, PREVIEW = 220;  // what a node grows by when it has reported, and while it shows a preview
 const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
 const graph = app.graph;

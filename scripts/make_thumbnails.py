@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from PIL import Image, ImageOps
 
 WORKFLOWS = REPO / "workflows"
 EXAMPLES = REPO / "web" / "examples"
+BATCH = ["qwen_edit_astronaut.png", "qwen_edit_cat.png", "qwen_edit_rocket.png"]
 SIDE = 480  # pixels
 GAP = 4
 MAX_BYTES = 60_000
@@ -65,8 +67,12 @@ def jpeg(card: Image.Image) -> bytes:
 def make(client: ComfyClient, workflow: dict[str, Any]) -> Image.Image:
     """Run one workflow and put its sources and results on a card."""
     names = [workflow[node]["inputs"]["image"] for node in nodes_of(workflow, "LoadImage")]
+    folder = ""
+    for node in nodes_of(workflow, "QwenEditBatch"):
+        names, folder = BATCH, "thumbnails"
+        workflow[node]["inputs"] |= {"source": folder, "output": f"{folder}/{uuid.uuid4().hex}"}
     for name in names:
-        client.upload(EXAMPLES / name)
+        client.upload(EXAMPLES / name, subfolder=folder)
     before = [Image.open(EXAMPLES / name).convert("RGB") for name in names]
     result = client.run(workflow)
     after = [Image.open(io.BytesIO(client.download(image))) for image in result.images(type=None)]
@@ -82,7 +88,7 @@ def main() -> int:
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="default: all")
     options = parser.parse_args()
-    names = options.names or sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
+    names = options.names or sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     with ComfyClient(options.server) as client:
         for name in names:
             workflow = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))

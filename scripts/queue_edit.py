@@ -8,6 +8,11 @@ A batch: a folder of pictures, a text file with one prompt for each, or both:
     python queue_edit.py --image photos/ --prompt "remove the background" --output edited/
     python queue_edit.py --image photos/ --prompts prompts.txt --output edited/
 
+A manifest (.csv or .jsonl, one edit on each line) or a folder, in chunks that QwenEditBatch runs. Start it again after
+anything, and it goes on where it was:
+    python queue_edit.py --manifest night.csv --preset standard --output edited/
+    python queue_edit.py --manifest photos/ --prompt "remove the background" --output edited/
+
 The exit status is 0 when every edit worked, 1 when one did not, 130 after Ctrl-C.
 """
 
@@ -20,7 +25,8 @@ from pathlib import Path
 
 from comfy_client import ComfyClient, ComfyError, ServerUnreachable
 from comfy_host import run_as_script, say
-from edit_job import Edit, JobError, load_workflow, run_edit
+from edit_job import WORKFLOWS, Edit, JobError, load_workflow, run_edit
+from manifest_run import BatchBar, ManifestRun, load_batch_workflow
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
@@ -105,24 +111,51 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--server", default="http://127.0.0.1:8188", metavar="URL", help="default: %(default)s")
-    parser.add_argument(
-        "--image", type=Path, action="append", required=True, metavar="PATH",
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument(
+        "--image", type=Path, action="append", metavar="PATH",
         help="a picture; give it again for a second picture of the same edit. A folder makes a batch",
     )  # fmt: skip
-    prompt = parser.add_mutually_exclusive_group(required=True)
-    prompt.add_argument("--prompt", metavar="TEXT", help="the instruction")
+    source.add_argument("--manifest", type=Path, metavar="PATH", help="a manifest or a folder of pictures, at scale")
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", metavar="TEXT", help="the instruction; of a manifest, where it has none")
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one instruction a line")
     parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
     parser.add_argument("--model", metavar="NAME", help="the loader's model (default: the workflow's)")
     parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
     parser.add_argument("--output", type=Path, metavar="PATH", help="a .png file; for a batch, a folder")
-    return parser.parse_args(arguments)
+    parser.add_argument(
+        "--patience", type=float, default=600, metavar="SECONDS",
+        help="how long the server may be away while a manifest runs (default: %(default)s)",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.manifest is None and options.prompt is None and options.prompts is None:
+        parser.error("one of the arguments --prompt --prompts is required with --image")
+    if options.manifest is not None and options.prompts is not None:
+        parser.error("--prompts is for --image; write the prompts into the manifest")
+    return options
+
+
+def run_manifest(options: argparse.Namespace) -> int:
+    """A manifest from start to end; the exit status."""
+    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed")}
+    workflow = load_batch_workflow(options.workflow or WORKFLOWS / "batch_of_edits.json", values, options.model)
+    run = ManifestRun(workflow, options.manifest, options.output or Path("edited"), options.patience)
+    try:
+        run.run(options.server, BatchBar().show)
+    finally:
+        for bad in run.summary.failed:
+            print(bad.reason, file=sys.stderr)
+        say(run.summary.text())
+    return 1 if run.summary.failed else 0
 
 
 def main() -> int:
     """Run the edits one after the other; a failed one does not stop the rest."""
     options = parse()
+    if options.manifest is not None:
+        return run_manifest(options)
     edits = plan(options)
     workflow = load_workflow(len(edits[0].pictures), options.workflow)
     failed = 0

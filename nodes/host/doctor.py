@@ -86,17 +86,23 @@ async def _answer(request: web.Request) -> web.Response:
         record = {} if prompt is None else dict(_PROMPTS[prompt])
         models = list(_MODELS.values())
     findings = [
-        {"code": f.code, "severity": f.severity, "sentence": _public(f.sentence), "node_id": node}
+        {"code": f.code, "severity": f.severity, "sentence": public(f.sentence), "node_id": node}
         for f, node in record.items()
     ]
-    return web.json_response({"prompt_id": prompt, "findings": findings, "environment": _environment(models)})
+    return web.json_response({"prompt_id": prompt, "findings": findings, "environment": environment(models)})
 
 
 def _refused(status: int, error: str) -> web.Response:
     return web.json_response({"error": error}, status=status)
 
 
-def _environment(models: list[ModelFacts]) -> dict:
+def models_in_memory() -> list[ModelFacts]:
+    with _LOCK:
+        return list(_MODELS.values())
+
+
+def environment(models: list[ModelFacts]) -> dict:
+    """What this server runs on, and with which choices, and why."""
     device = comfy.model_management.get_torch_device()
     card = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {
@@ -113,14 +119,15 @@ def _environment(models: list[ModelFacts]) -> dict:
                 "version_by": facts.version_by,
                 "precision": facts.precision,
                 "attention": facts.attention,
-                "attention_why": _public(facts.attention_why),
+                "attention_why": public(facts.attention_why),
                 "kernels": facts.kernels,
-                "kernels_why": _public(facts.kernels_why),
+                "kernels_why": public(facts.kernels_why),
             }
             for facts in models
         ],
     }
 
 
-def _public(text: str) -> str:
+def public(text: str) -> str:
+    """A text without this machine's folders."""
     return without_paths(text, folder_paths.get_user_directory(), folder_paths.base_path)

@@ -41,6 +41,8 @@ REFERENCE_SIZES = ("output grid", "one megapixel")
 GRID = 16  # pixels per token
 SAME_ASPECT = 0.05
 
+Pixels = dict[Hashable, Any]  # pictures on their way to the encoders, by what was done to them
+
 
 @dataclass(frozen=True)
 class Edit:
@@ -99,8 +101,33 @@ class Encoder:
         self._before: dict[Hashable, Any] = {}
         self._seen: Seen = {}  # by the encoder's vision tower
 
-    def encode(self, edit: Edit) -> tuple[list, list, dict, list[str]]:
+    @classmethod
+    def prepare(cls, edit: Edit) -> tuple[tuple, Pixels]:
+        """The part of ``encode`` that needs neither CLIP nor VAE and may run in any thread.
+
+        Returns:
+            The sizes of result and references, equal for edits that fit into one forward, and what ``encode`` takes.
+
+        Raises:
+            ValueError: as ``encode``.
+        """
+        desk = cls(None, None)
+        sizes = [desk._once(desk._original, picture).size for picture in edit.pictures]
+        width, height, _ = output_size(edit.width, edit.height, sizes[0])
+        grids = [
+            reference_size(edit.reference_size, number, own[0] / own[1], width, height)
+            for number, own in enumerate(sizes)
+        ]
+        for picture, size in zip(edit.pictures, grids, strict=True):
+            desk._once(desk._small, picture)
+            desk._once(desk._resized, picture, size)
+        return ((width, height), *grids), desk._now
+
+    def encode(self, edit: Edit, prepared: Pixels | None = None) -> tuple[list, list, dict, list[str]]:
         """Positive and negative conditioning, an empty LATENT, and notes for the node.
+
+        Args:
+            prepared: what ``prepare`` made of the same edit.
 
         The vision-language encoder sees each picture at 384² area; the reference latents lie on the output's grid or
         at one megapixel. Both are resized from 8-bit with LANCZOS, as diffusers' pipeline does.
@@ -108,7 +135,9 @@ class Encoder:
         Raises:
             ValueError: a size that the model can't take, or a picture without pixels.
         """
-        self._before, self._now = self._now, {}
+        self._before = self._now
+        # what the edit before has of the same pictures stands for more: their latents and what the encoder saw
+        self._now = {key: self._before.get(key, made) for key, made in (prepared or {}).items()}
         held = {id(result) for result in self._before.values()}
         self._seen = {picture: features for picture, features in self._seen.items() if picture in held}
         sizes = [self._once(self._original, picture).size for picture in edit.pictures]
@@ -159,7 +188,10 @@ class Encoder:
         return pic.to_pil(to_rgb(picture)[0])
 
     def _reference(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return self.vae.encode(pic.to_tensor(pic.resize(self._once(self._original, picture), *size)))
+        return self.vae.encode(self._once(self._resized, picture, size))
+
+    def _resized(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return pic.to_tensor(pic.resize(self._once(self._original, picture), *size))
 
     def _small(self, picture: torch.Tensor) -> torch.Tensor:
         original = self._once(self._original, picture)

@@ -1,6 +1,7 @@
 """Recipes carried out by ComfyUI's sampler: schedule, guidance, progress, preview and cancel are borrowed."""
 
 import math
+from collections.abc import Callable, Sequence
 
 import comfy.model_sampling
 import comfy.sample
@@ -17,6 +18,7 @@ from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_t
 from .doctor import report
 from .facts import facts_of_model, run_facts
 from .model import STEPS, HostTransformer, KnownSteps, with_positions
+from .status import count
 
 
 def examine(model, recipe: Recipe) -> list[str]:
@@ -60,8 +62,14 @@ def _prepare(model, latent: dict, recipe: Recipe):
     return clone, sigmas
 
 
-def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -> dict:
-    """One edit: LATENT in, LATENT out, with ComfyUI's progress bar, preview and cancel.
+def sample(
+    model, positive, negative, latent: dict, recipe: Recipe, seed: int | Sequence[int], callback: Callable | None = None
+) -> dict:
+    """One edit, or several of equal size in one forward: LATENT in, LATENT out, with ComfyUI's preview and cancel.
+
+    Args:
+        seed: of one edit, or one for each picture of the LATENT, whose noise is then the same as alone.
+        callback: takes (step, x0, x, steps) after each step; None: ComfyUI's progress bar for these steps.
 
     Raises:
         ValueError: the result holds NaN or infinity; the message names attention and precision.
@@ -73,7 +81,11 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
     steps = KnownSteps(sigmas.tolist())
     if not _timesteps_may_change(prepared):
         prepared.model_options["transformer_options"][STEPS] = steps
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    if isinstance(seed, int):
+        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    else:
+        each = zip(samples.split(1), seed, strict=True)
+        noise = torch.cat([comfy.sample.prepare_noise(picture, own) for picture, own in each])
     result = comfy.sample.sample_custom(
         prepared,
         noise,
@@ -84,11 +96,28 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=_counted(latent_preview.prepare_callback(prepared, recipe.steps), steps),
-        seed=seed,
+        callback=_counted(callback or latent_preview.prepare_callback(prepared, recipe.steps), steps),
+        seed=seed if isinstance(seed, int) else seed[0],  # euler draws no more noise
     )
     check_finite(result, model)
+    count("edits", len(result))
     return latent | {"samples": result}
+
+
+def join(conditionings: Sequence[list]) -> list:
+    """The CONDITIONINGs of several edits as one for all of them in one forward (see ``joins``)."""
+    if len(conditionings) == 1:
+        return conditionings[0]
+    embeds, values = zip(*(conditioning[0] for conditioning in conditionings), strict=True)
+    references = [torch.cat(same) for same in zip(*(value["reference_latents"] for value in values), strict=True)]
+    return [[torch.cat(embeds), values[0] | {"reference_latents": references}]]
+
+
+def joins(conditioning: list) -> tuple:
+    """Equal for CONDITIONINGs that one forward can take together without padding, which would cost a mask in attention."""
+    embeds, values = conditioning[0]
+    others = tuple(sorted((name, id(value)) for name, value in values.items() if name != "reference_latents"))
+    return embeds.shape, tuple(latent.shape for latent in values["reference_latents"]), others
 
 
 def _timesteps_may_change(model) -> bool:

@@ -29,6 +29,7 @@ NODES = {
     "QwenEditStepPreset",
     "QwenEditRestoreSize",
     "QwenEditPerfLogger",
+    "QwenEditBatch",
 }
 
 

@@ -5,6 +5,7 @@ steps is reduced.
 """
 
 import json
+import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -83,8 +84,8 @@ def test_results_have_the_size_of_the_source(edits: Edits, name: str, sizes: lis
 
 
 def test_all_workflows_are_tested_and_in_both_formats():
-    assert len(API) == 7
-    assert TEMPLATES.keys() == API.keys()
+    assert len(TEMPLATES) == 8
+    assert TEMPLATES.keys() == API.keys() - {"warm_up"}  # which is for probes, and no picture to look at
 
 
 def test_single_edit(edits: Edits):
@@ -143,6 +144,32 @@ def test_large_picture_is_edited_inside_the_mask_only(edits: Edits):
 def test_native_ksampler(edits: Edits):
     source = picture("astronaut")
     check_exact(edits("native_ksampler")[0], source, instructions.sepia(source))
+
+
+def test_a_batch_edits_a_folder(client: ArrayClient, server):
+    workflow = json.loads(json.dumps(API["batch_of_edits"]))
+    names = ("astronaut", "cat")
+    for name in names:
+        client.upload(EXAMPLES / f"qwen_edit_{name}.png", subfolder="template")
+    (batch,) = (node["inputs"] for node in workflow.values() if node["class_type"] == "QwenEditBatch")
+    batch |= {"source": "template", "output": "template", "steps": STEPS}
+    results = client.arrays(client.run(workflow, timeout_s=300))
+    assert len(results) == len(list((server.output / "template").iterdir())) == 2
+    for name, result in zip(names, results, strict=True):
+        # the batch makes 0.07 megapixels of 256x256
+        assert result.shape == (256, 256, 3)
+        check_exact(result, picture(name), instructions.grey(picture(name)))
+
+
+def test_warming_up_makes_the_server_ready(client: ArrayClient):
+    client.free()
+    deadline = time.monotonic() + 30
+    while client.get("/qwen_edit/status")["ready"]:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    result = client.run(API["warm_up"], timeout_s=120)
+    assert len(result.images("temp")) == 1
+    assert client.get("/qwen_edit/status")["ready"]
 
 
 def api_of(template: dict[str, Any]) -> dict[str, Any]:

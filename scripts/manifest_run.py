@@ -1,0 +1,372 @@
+"""A manifest of edits on a running ComfyUI, from start to end whatever happens to the server or to this program.
+
+The items go to QwenEditBatch in chunks: pictures and a manifest of their own are uploaded, two prompts wait in ComfyUI's
+queue, and each result is downloaded when it is there. What is in the output folder is the only state: its names tell what
+was made from what (``qwen_edit/manifest.py``), on the server and here. When the server goes away, the run waits for it and
+queues what is missing; a result that the server still has is not made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from comfy_client import ComfyClient, ComfyError, Event, ImageRef, PromptLost, Result, ServerUnreachable
+from comfy_host import REPO
+from edit_job import JobError, nodes_of
+
+sys.path.insert(0, str(REPO))
+from qwen_edit.manifest import (
+    NOT_IDENTITY,
+    Defaults,
+    Item,
+    Refused,
+    digest,
+    hash_bytes,
+    is_picture,
+    items_of_pictures,
+    read_manifest,
+    remove_leftovers,
+    result_name,
+    settings_of,
+    temporary_path,
+)
+
+CHUNK = 16  # items in a prompt
+QUEUED = 2  # prompts on the server, so that it never waits for us
+UPLOADS = "qwen_edit_batch"  # subfolder of ComfyUI's input folder
+LOSSES = 3  # times that an item alone may take the server away
+BATCH = "QwenEditBatch"
+
+
+@dataclass(frozen=True)
+class Task:
+    """An item with the contents of its pictures hashed: what is to be made, and the name it will have."""
+
+    item: Item
+    paths: tuple[Path, ...]
+    hashes: tuple[str, ...]
+    result: str
+
+
+@dataclass
+class Summary:
+    """How a run ended. Times in seconds."""
+
+    items: int
+    written: int = 0
+    already_there: int = 0
+    failed: list[Refused] = field(default_factory=list)
+    seconds: float = 0.0
+    outages: int = 0
+
+    @property
+    def left(self) -> int:
+        return self.items - self.written - self.already_there - len(self.failed)
+
+    def text(self) -> str:
+        parts = (
+            f"{self.items} items: {self.written} written, {self.already_there} already there, {len(self.failed)} failed"
+        )
+        parts += f", {self.left} left" if self.left else ""
+        pace = f" ({60 * self.written / self.seconds:.1f} a minute)" if self.written else ""
+        away = f"; the server was away {self.outages} times" if self.outages else ""
+        return f"{parts}, in {duration(self.seconds)}{pace}{away}."
+
+
+@dataclass(frozen=True)
+class Queued:
+    prompt_id: str
+    tasks: list[Task]
+
+
+def load_batch_workflow(path: Path, values: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """A workflow in API format around one QwenEditBatch, with values for its inputs; None leaves what it says."""
+    try:
+        workflow = json.loads(path.read_text(encoding="utf-8"))
+        (node,) = nodes_of(workflow, BATCH)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise JobError(f"{path} is no workflow in API format with one {BATCH} node: {error}") from error
+    workflow[node]["inputs"] |= {name: value for name, value in values.items() if value is not None}
+    if model is not None:
+        for loader in nodes_of(workflow, "QwenEditLoader"):
+            workflow[loader]["inputs"]["model"] = model
+    return workflow
+
+
+class ManifestRun:
+    """One run of a manifest, or of a folder of pictures, into a local folder."""
+
+    def __init__(self, workflow: dict[str, Any], source: Path, output: Path, patience_s: float = 600):
+        """
+        Args:
+            workflow: see ``load_batch_workflow``; it is not changed.
+            patience_s: how long the server may be away.
+
+        Raises:
+            JobError: the manifest as a whole can't be read.
+        """
+        self._workflow = workflow
+        (self._node,) = nodes_of(workflow, BATCH)
+        inputs = workflow[self._node]["inputs"]
+        self._identity = settings_of(workflow.__getitem__, self._node, NOT_IDENTITY)
+        self._output, self._patience_s = output, patience_s
+        self._base, self._items = _read(source, Defaults(*(inputs[name] for name in Defaults.__dataclass_fields__)))
+        self.summary = Summary(len(self._items))
+        self._again: deque[Task] = deque()  # of prompts that were lost
+        self._queued: deque[Queued] = deque()
+        self._losses: Counter[str] = Counter()
+        self._alone = False  # one item in a prompt, to find the one that takes the server away
+        self._since_loss = 0
+
+    def run(self, url: str, show: Callable[[Summary, bool], None] = lambda summary, final: None) -> Summary:
+        """Do it all. ``show`` is called whenever something has changed, and at the end with True.
+
+        Raises:
+            ComfyError: no server answers at first, or it stays away too long, or refuses the workflow, or someone cancels.
+        """
+        self._show = show
+        self._tasks = self.plan()
+        begin = time.monotonic()
+        with ComfyClient(url) as client:
+            try:
+                self._run(client, begin)
+            except BaseException:
+                for queued in self._queued:
+                    _cancel(client, queued.prompt_id)
+                raise
+            finally:
+                self.summary.seconds = time.monotonic() - begin
+                show(self.summary, True)
+        return self.summary
+
+    def _run(self, client: ComfyClient, begin: float) -> None:
+        lost = False
+        while True:
+            try:
+                if lost:
+                    self._recover(client)
+                lost = False
+                self._fill(client)
+                if not self._queued:
+                    return
+                self._follow(client)
+            except (ServerUnreachable, PromptLost):
+                self.summary.outages += not lost  # it may go again while it is being asked what it has
+                lost = True
+            self.summary.seconds = time.monotonic() - begin
+            self._show(self.summary, False)
+
+    # What there is to do
+
+    def plan(self) -> Iterator[Task]:
+        """The items whose results are not there yet, in the manifest's order; the others are counted."""
+        self._output.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(self._output)
+        begun = set()
+        for item in self._items:
+            task = item if isinstance(item, Refused) else self._task(item)
+            if isinstance(task, Refused):
+                self.summary.failed.append(task)
+            elif task.result in begun or (self._output / task.result).exists():
+                self.summary.already_there += 1
+            else:
+                begun.add(task.result)
+                yield task
+
+    def _task(self, item: Item) -> Task | Refused:
+        paths = tuple(self._base / name for name in item.pictures)
+        try:
+            if not all(is_picture(path.name) for path in paths):
+                raise OSError("a name does not end as a picture's does")
+            hashes = tuple(hash_bytes(path.read_bytes()) for path in paths)
+        except (OSError, ValueError) as error:
+            return Refused(item.line, item.name, f"line {item.line} ({item.name}): a picture can't be read: {error}")
+        return Task(item, paths, hashes, result_name(item, digest(item, hashes, self._identity)))
+
+    def _chunk(self) -> list[Task]:
+        tasks = []
+        while len(tasks) < (1 if self._alone else CHUNK):
+            task = self._again.popleft() if self._again else next(self._tasks, None)
+            if task is None:
+                break
+            tasks.append(task)
+        return tasks
+
+    # On the server
+
+    def _fill(self, client: ComfyClient) -> None:
+        while len(self._queued) < (1 if self._alone else QUEUED) and (tasks := self._chunk()):
+            try:
+                self._queued.append(Queued(self._queue(client, tasks), tasks))
+            except BaseException:
+                self._again.extendleft(reversed(tasks))
+                raise
+
+    def _queue(self, client: ComfyClient, tasks: Sequence[Task]) -> str:
+        rows = []
+        for task in tasks:
+            names = [
+                PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
+                for path, key in zip(task.paths, task.hashes, strict=True)
+            ]
+            rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
+        manifest = "\n".join(rows).encode()
+        workflow = copy.deepcopy(self._workflow)
+        workflow[self._node]["inputs"]["source"] = client.upload(
+            manifest, f"{hash_bytes(manifest)[:24]}.jsonl", UPLOADS
+        )
+        return client.queue(workflow)
+
+    def _follow(self, client: ComfyClient) -> None:
+        queued = self._queued[0]
+        pending = {task.result: task for task in queued.tasks}
+
+        def on_event(event: Event) -> None:
+            if event.type == "progress_text" and (wrote := re.search(r": wrote (.+\.png)$", event.data["text"])):
+                task = pending.get(wrote[1])  # other clients' results are announced too
+                if task is not None and self._collect(client, task):
+                    del pending[task.result]
+                    self._show(self.summary, False)
+
+        result = client.wait(queued.prompt_id, on_event)
+        self._queued.popleft()
+        reasons = {entry["line"]: entry["reason"] for entry in self._failed(result)}
+        for number, task in enumerate(queued.tasks, 1):
+            if task.result not in pending or self._collect(client, task):
+                continue
+            why = reasons.get(number, "the server left no result")
+            self.fail(task, why.partition("): ")[2] or why)  # its line is one of the chunk
+
+    def _failed(self, result: Result) -> list[dict[str, Any]]:
+        return result.outputs.get(self._node, {}).get("failed", [])
+
+    def _collect(self, client: ComfyClient, task: Task) -> bool:
+        """Download a result if the server has it; whether it does."""
+        folder = self._workflow[self._node]["inputs"]["output"]
+        try:
+            data = client.download(ImageRef(self._node, task.result, folder, "output"))
+        except ServerUnreachable:
+            raise
+        except ComfyError:
+            return False
+        save(self._output / task.result, data)
+        self.summary.written += 1
+        self._since_loss += 1
+        self._alone = False
+        return True
+
+    def fail(self, task: Task, why: str) -> None:
+        """Count an item as failed."""
+        item = task.item
+        self.summary.failed.append(Refused(item.line, item.name, f"line {item.line} ({item.name}): {why}"))
+
+    def _recover(self, client: ComfyClient) -> None:
+        """The server has gone: wait for it, take what it has finished, and put the rest of its queue back."""
+        self._wait(client)
+        for queued in self._queued:
+            client.interrupt(queued.prompt_id)  # it is there still if only the connection was lost
+        lost = [task for queued in self._queued for task in queued.tasks if not (self._output / task.result).exists()]
+        left = [task for task in lost if not self._collect(client, task)]
+        self._queued.clear()
+        if left and not self._since_loss:
+            first, self._alone = left[0], True
+            self._losses[first.result] += len(left) == 1
+            if self._losses[first.result] == LOSSES:
+                self.fail(left.pop(0), f"the server went away {LOSSES} times while it was on this item alone")
+        self._since_loss = 0
+        self._again.extendleft(reversed(left))
+
+    def _wait(self, client: ComfyClient) -> None:
+        begin = time.monotonic()
+        while True:
+            try:
+                client.get("/system_stats")
+                return
+            except ServerUnreachable as error:
+                if time.monotonic() - begin > self._patience_s:
+                    raise ComfyError(f"The server stayed away for {duration(self._patience_s)}. {error}") from None
+                time.sleep(1)
+
+
+def fields_of(item: Item) -> dict[str, Any]:
+    """An item's line in a manifest, but for its pictures."""
+    return {name: getattr(item, name) for name in (*Defaults.__dataclass_fields__, "name")}
+
+
+def save(path: Path, data: bytes) -> None:
+    """Write a result such that it is whole whenever it exists."""
+    temporary = temporary_path(path)
+    temporary.write_bytes(data)
+    os.replace(temporary, path)
+
+
+def _cancel(client: ComfyClient, prompt_id: str) -> None:
+    with contextlib.suppress(ComfyError):  # there may be no server to cancel it on
+        client.interrupt(prompt_id)
+
+
+def _read(source: Path, defaults: Defaults) -> tuple[Path, list[Item | Refused]]:
+    try:
+        if source.is_dir():
+            names = sorted(path.name for path in source.iterdir() if path.is_file() and is_picture(path.name))
+            if not names:
+                raise JobError(f"{source} holds no picture.")
+            return source, items_of_pictures(names, defaults)
+        return source.parent, read_manifest(source, defaults)
+    except (OSError, ValueError) as error:
+        raise JobError(f"The manifest can't be read: {error}") from error
+
+
+def duration(seconds: float) -> str:
+    """Such as "42 s", "3 min 5 s", "2 h 10 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+class BatchBar:
+    """One progress bar for a whole run, on a terminal one line that changes, elsewhere a line now and then."""
+
+    WIDTH, EVERY_S = 30, 30.0
+
+    def __init__(self) -> None:
+        self._live = sys.stderr.isatty()
+        self._begin = time.monotonic()
+        self._last = 0.0
+
+    def show(self, summary: Summary, final: bool) -> None:
+        now = time.monotonic()
+        if not (self._live or final or now - self._last >= self.EVERY_S):
+            return
+        self._last = now
+        line = self.line(summary, now - self._begin)
+        if self._live:
+            print(f"\r{line:<100}", end="\n" if final else "", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def line(self, summary: Summary, seconds: float) -> str:
+        done = summary.items - summary.left
+        bar = "#" * (self.WIDTH * done // max(summary.items, 1))
+        parts = [f"[{bar:.<{self.WIDTH}}] {done}/{summary.items}"]
+        if summary.written:
+            pace = summary.written / seconds
+            parts += [f"{60 * pace:.1f} a minute", f"{duration(summary.left / pace)} left"]
+        if summary.failed:
+            parts.append(f"{len(summary.failed)} failed")
+        if summary.outages:
+            parts.append(f"server away {summary.outages} times")
+        return ", ".join(parts)

@@ -1,0 +1,95 @@
+"""scripts/queue_edit.py --manifest on the real server: results, its own restart, bad items, and a poisonous one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from array_client import from_file, to_png
+from batches import batch_graph
+from comfy_client import PromptLost
+from comfy_host import REPO
+from edits import edited, picture, small_edit
+from manifest_run import ManifestRun
+
+pytestmark = pytest.mark.server
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Path:
+    """Five edits of three pictures, one of a picture that is not there, and one of a file that is none."""
+    (tmp_path / "deep").mkdir()
+    for seed, name in enumerate(("a.png", "deep/b.png", "c.png")):
+        (tmp_path / name).write_bytes(to_png(picture(seed)))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    path = tmp_path / "manifest.csv"
+    path.write_text(
+        'picture,prompt,seed\r\na.png,,\r\ndeep/b.png,"mirror it, please",5\r\nc.png,,6\r\na.png,mirror it,\r\n'
+        "gone.png,,\r\nc.png,,7\r\nbroken.png,,\r\n"
+    )
+    return path
+
+
+def command(server, manifest: Path, workflow: Path, output: Path) -> list:
+    workflow.write_text(json.dumps(batch_graph("", "manifest run")))
+    return [
+        sys.executable, REPO / "scripts" / "queue_edit.py", "--server", server.url, "--manifest", manifest,
+        "--workflow", workflow, "--output", output,
+    ]  # fmt: skip
+
+
+def test_a_manifest_from_start_to_end_and_again(client, server, manifest, tmp_path):
+    output = tmp_path / "edited"
+    arguments = command(server, manifest, tmp_path / "workflow.json", output)
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "7 items: 5 written, 0 already there, 2 failed, in" in done.stdout
+    assert "line 8 (broken): [QE_INPUT] It can't be read" in done.stderr
+    assert "line 6 (gone): a picture can't be read" in done.stderr
+    names = sorted(path.name.rsplit("_", 1)[0] for path in output.iterdir())
+    assert names == ["a", "a", "b", "c", "c"]
+    (b,) = output.glob("b_*.png")
+    single = edited(client, small_edit(client, picture(1), prompt="mirror it, please", seed=5))
+    assert np.array_equal(from_file(b.read_bytes()), single)
+
+    # again, with one result lost here and another lost here and on the server
+    (manifest.parent / "gone.png").write_bytes(to_png(picture(8)))
+    (manifest.parent / "broken.png").write_bytes(to_png(picture(9)))
+    b.unlink()
+    (server.output / "manifest run" / b.name).unlink()
+    next(output.glob("a_*.png")).unlink()
+    written = client.get("/qwen_edit/status")["counters"]["items_written"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "7 items: 4 written, 3 already there, 0 failed, in" in done.stdout
+    assert client.get("/qwen_edit/status")["counters"]["items_written"] == written + 3
+    assert len(list(output.iterdir())) == 7
+
+
+def test_what_cannot_run_at_all_is_said_before_anything_is_queued(server, manifest, tmp_path):
+    arguments = command(server, manifest, tmp_path / "workflow.json", tmp_path / "edited")
+    manifest.write_text("picture,colour\na.png,red\n")
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1
+    assert "line 1: there is no column 'colour'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_item_that_takes_the_server_away_is_given_up_alone(server, manifest, tmp_path, monkeypatch):
+    """Losing the server is played by the client: a prompt with the poison is reported lost as soon as it is followed."""
+    poison = ManifestRun(batch_graph("", "poison"), manifest, tmp_path / "out", patience_s=30)
+    follow = poison._follow
+
+    def lose(client):
+        if any(task.item.name == "b" for task in poison._queued[0].tasks):
+            client.interrupt(poison._queued[0].prompt_id)
+            raise PromptLost("gone")
+        follow(client)
+
+    monkeypatch.setattr(poison, "_follow", lose)
+    summary = poison.run(server.url)
+    assert (summary.written, summary.left) == (4, 0)
+    assert [bad.name for bad in summary.failed] == ["gone", "b", "broken"]
+    assert "alone" in summary.failed[1].reason
