@@ -12,9 +12,10 @@ async def comfy_entrypoint():
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            from .nodes.host.doctor import register
+            from .nodes.host import doctor, perf_panel
 
-            register()
+            doctor.register()
+            perf_panel.register()
 
         async def get_node_list(self):
             return NODES

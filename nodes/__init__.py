@@ -4,9 +4,10 @@ from .accelerate import QwenEditAccelerate
 from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
-from .perf import QwenEditPerfLogger
+from .perf import QwenEditPerfLogger, QwenEditPerfReport
 from .resize import QwenEditRestoreSize, QwenEditSmartResize
 from .sampler import QwenEditSampler, QwenEditStepPreset
+from .sweep import QwenEditStepSweep
 
 NODES = [
     QwenEditLoader,
@@ -18,4 +19,6 @@ NODES = [
     QwenEditStepPreset,
     QwenEditRestoreSize,
     QwenEditPerfLogger,
+    QwenEditPerfReport,
+    QwenEditStepSweep,
 ]

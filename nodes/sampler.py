@@ -8,7 +8,8 @@ from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
 
-def _preset() -> io.Combo.Input:
+def preset_input() -> io.Combo.Input:
+    """The combo that chooses a recipe, the same on every node that has one."""
     return io.Combo.Input(
         "preset",
         options=list(PRESETS),
@@ -19,7 +20,8 @@ def _preset() -> io.Combo.Input:
     )
 
 
-def _overrides() -> list[io.Input]:
+def recipe_overrides() -> list[io.Input]:
+    """The inputs that replace single values of the preset's recipe."""
     return [
         io.Int.Input(
             "steps",
@@ -70,7 +72,7 @@ class QwenEditSampler(io.ComfyNode):
                 io.Conditioning.Input("positive", tooltip="From Qwen Edit Encode."),
                 io.Conditioning.Input("negative", tooltip="From Qwen Edit Encode. Not used when guidance is off."),
                 io.Latent.Input("latent", tooltip="The size of the result; from Qwen Edit Encode."),
-                _preset(),
+                preset_input(),
                 io.Int.Input(
                     "seed",
                     default=0,
@@ -79,7 +81,7 @@ class QwenEditSampler(io.ComfyNode):
                     control_after_generate=True,
                     tooltip="The noise to start from. Equal seed, equal settings: equal picture.",
                 ),
-                *_overrides(),
+                *recipe_overrides(),
             ],
             outputs=[io.Latent.Output(display_name="LATENT")],
         )
@@ -110,8 +112,8 @@ class QwenEditStepPreset(io.ComfyNode):
             inputs=[
                 io.Model.Input("model", tooltip="From Qwen Edit Loader."),
                 io.Latent.Input("latent", tooltip="The schedule depends on the size of the picture."),
-                _preset(),
-                *_overrides(),
+                preset_input(),
+                *recipe_overrides(),
             ],
             outputs=[
                 io.Model.Output(display_name="MODEL"),

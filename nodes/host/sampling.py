@@ -1,6 +1,7 @@
 """Recipes carried out by ComfyUI's sampler: schedule, guidance, progress, preview and cancel are borrowed."""
 
 import math
+from collections.abc import Callable
 
 import comfy.model_sampling
 import comfy.sample
@@ -15,7 +16,7 @@ from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .doctor import report
-from .facts import facts_of_model, run_facts
+from .facts import facts_of_model, log_run, run_facts
 from .model import STEPS, HostTransformer, KnownSteps, with_positions
 
 
@@ -60,13 +61,19 @@ def _prepare(model, latent: dict, recipe: Recipe):
     return clone, sigmas
 
 
-def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -> dict:
-    """One edit: LATENT in, LATENT out, with ComfyUI's progress bar, preview and cancel.
+def sample(
+    model, positive, negative, latent: dict, recipe: Recipe, seed: int, callback: Callable | None = None
+) -> dict:
+    """One edit: LATENT in, LATENT out, with ComfyUI's preview and cancel.
+
+    Args:
+        callback: takes (step, x0, x, steps) after each step; None: ComfyUI's progress bar for these steps.
 
     Raises:
         ValueError: the result holds NaN or infinity; the message names attention and precision.
     """
     require_ours(model)
+    log_run(model, recipe)
     latent = native_latent(model, latent)
     prepared, sigmas = _prepare(model, latent, recipe)
     samples = latent["samples"]
@@ -84,7 +91,7 @@ def sample(model, positive, negative, latent: dict, recipe: Recipe, seed: int) -
         negative,
         samples,
         noise_mask=latent.get("noise_mask"),
-        callback=_counted(latent_preview.prepare_callback(prepared, recipe.steps), steps),
+        callback=_counted(callback or latent_preview.prepare_callback(prepared, recipe.steps), steps),
         seed=seed,
     )
     check_finite(result, model)

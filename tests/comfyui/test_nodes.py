@@ -29,6 +29,8 @@ NODES = {
     "QwenEditStepPreset",
     "QwenEditRestoreSize",
     "QwenEditPerfLogger",
+    "QwenEditPerfReport",
+    "QwenEditStepSweep",
 }
 
 

@@ -50,6 +50,8 @@ def edits(server) -> Edits:
             for node in workflow.values():
                 if node["class_type"] in ("QwenEditSampler", "QwenEditStepPreset"):
                     node["inputs"]["steps"] = STEPS
+                if node["class_type"] == "QwenEditStepSweep":
+                    node["inputs"]["sweep"] = f"2, {STEPS}"
                 if node["class_type"] == "LoadImage":
                     path = EXAMPLES / node["inputs"]["image"]
                     assert client.upload(path) == path.name
@@ -83,7 +85,7 @@ def test_results_have_the_size_of_the_source(edits: Edits, name: str, sizes: lis
 
 
 def test_all_workflows_are_tested_and_in_both_formats():
-    assert len(API) == 7
+    assert len(API) == 9
     assert TEMPLATES.keys() == API.keys()
 
 
@@ -143,6 +145,19 @@ def test_large_picture_is_edited_inside_the_mask_only(edits: Edits):
 def test_native_ksampler(edits: Edits):
     source = picture("astronaut")
     check_exact(edits("native_ksampler")[0], source, instructions.sepia(source))
+
+
+def test_measure_my_card_saves_the_edit_and_draws_the_chart(edits: Edits):
+    source = picture("astronaut")
+    result, chart = edits("measure_my_card")
+    check_exact(result, source, instructions.grey(source))
+    assert chart.shape[1] == 900
+
+
+def test_step_sweep_draws_the_chart_and_the_pictures(edits: Edits):
+    chart, sheet = edits("step_sweep")
+    assert chart.shape[:2] == (920, 900)
+    assert sheet.shape[1] >= 2 * 256
 
 
 def api_of(template: dict[str, Any]) -> dict[str, Any]:
