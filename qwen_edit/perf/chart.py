@@ -118,7 +118,7 @@ def _runs(axes: Any, theme: Theme, record: dict, earlier: list[dict]) -> None:
     # Names of the stages in one line, as wide as they are written.
     x, y = -(1.75 - MARGIN) * POINTS, -26
     for stage in sorted(used, key=STAGES.index):
-        name = NAMES.get(stage, stage)
+        name = NAMES[stage] if stage in NAMES else stage
         axes.annotate(
             "■", (0, 0), (x, y), "axes fraction", "offset points", color=COLOURS[stage], fontsize=15, va="center"
         )

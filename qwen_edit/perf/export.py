@@ -6,7 +6,7 @@ import json
 
 from .advice import Advice
 
-COLUMNS = (
+COLUMNS: tuple[str, ...] = (
     "kind",
     "id",
     "class_type",
