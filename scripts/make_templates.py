@@ -163,7 +163,7 @@ line on what to try.
 
 1. Run. The first run also loads the model.
 2. Change the seed and run again: the warm time, beside the cold one.
-3. Open *Performance* in the sidebar for the runs so far, and their numbers as JSON or CSV.
+3. Open *Timing* in the sidebar for the runs so far, and their numbers as JSON or CSV.
 
 The report measures every node of the graph, ComfyUI's own too. Put it into any workflow: it takes a picture and hands it on.
 """

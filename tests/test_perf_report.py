@@ -92,6 +92,11 @@ def test_a_cold_run_after_a_cold_run_is_a_card_that_is_too_small():
     assert perf.advise(one, before=record(EDIT)).code == "loading"
 
 
+def test_drawing_the_report_is_not_held_against_the_run():
+    plain, drawn = (record(EDIT | extra, device="cpu", busy=None) for extra in ({}, {"report": 5000.0}))
+    assert perf.advise(drawn) == perf.advise(plain)
+
+
 def test_lightning_and_few_steps_hear_nothing_about_guidance():
     for steps, cfg in ((39, 1.0), (7, 4.0)):
         one = record(EDIT, steps=[20.0] * steps, first=20.0, true_cfg_scale=cfg)

@@ -132,8 +132,9 @@ RULES: tuple[Rule, ...] = (_loading, _first_step, _model, _card, _recipe, _aroun
 
 
 def _share(record: dict, stage: str) -> float:
-    entry = record["stages"].get(stage)
-    return entry["share"] if entry else 0.0
+    """Of the run without the drawing of its report."""
+    ms = {name: entry["ms"] for name, entry in record["stages"].items()}
+    return ms.get(stage, 0.0) / max(record["wall_ms"] - ms.get("report", 0.0), 1e-3)
 
 
 def _steps(record: dict) -> tuple[float, float | None, int]:
