@@ -14,7 +14,7 @@ the sum of weight and LoRA again is off by that much of the whole weight.
 import math
 import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -52,6 +52,19 @@ class _Laid:
     sources: list[weakref.ref[_Prepared]]  # gone when its LoRA has left the card
     scales: list[float]
     channels: Channels
+    asked: list[weakref.ref[LowRank]] = field(default_factory=list)  # the adapters that it was last found right for
+    scaled_by: int = 0  # the address of the weight's scale then
+
+    def serves(self, op: Operand, adapters: Sequence[LowRank]) -> bool:
+        """Whether nothing has changed since, which is so in nearly every step."""
+        assert op.weight is not None
+        if (self.at, self.scaled_by) != (op.weight.data_ptr(), _address(op.scale)) or len(adapters) != len(self.asked):
+            return False
+        dtype = op.weight.dtype
+        return all(
+            asked() is adapter and source() is adapter.derived.get(dtype)
+            for asked, adapter, source in zip(self.asked, adapters, self.sources, strict=True)
+        )
 
 
 class ExtraChannels:
@@ -64,15 +77,19 @@ class ExtraChannels:
     def extended(self, op: Operand, adapters: Adapters) -> Operand:
         """``op`` with the adapters of its modules as channels; as it is without adapters, or where its weight's form does
         not allow it (the adapters are then added to the result)."""
-        mine = [adapters.get(module, ()) for module in op.modules]
-        if not any(mine) or op.weight is None or not _suits(op):
+        given = [adapters.get(module, ()) for module in op.modules]
+        mine = [[a for a in each if isinstance(a, LowRank)] for each in given]
+        if not any(mine) or mine != given or op.weight is None or not _suits(op):
             return op
+        adapters_in_order = [a for each in mine for a in each]
+        laid = self._laid.get(op.modules[0])
+        if laid is not None and laid.serves(op, adapters_in_order):
+            return replace(op, channels=laid.channels)
         prepared = _prepared(op, mine)
         if prepared is None:
             return op
         parts = [p for each in prepared for p in each]
-        scales = [a.scale for each in mine for a in each]
-        laid = self._laid.get(op.modules[0])
+        scales = [a.scale for a in adapters_in_order]
         if laid is not None and (laid.at != op.weight.data_ptr() or _room(op.weight) < len(laid.channels.gain)):
             laid = None
         if laid is None or not _same(laid.sources, parts):
@@ -82,6 +99,7 @@ class ExtraChannels:
         elif laid.scales != scales:
             laid.channels = replace(laid.channels, gain=_gains(parts, scales, len(laid.channels.gain)))
             laid.scales = scales
+        laid.asked, laid.scaled_by = [weakref.ref(a) for a in adapters_in_order], _address(op.scale)
         return replace(op, channels=laid.channels)
 
     def clear(self) -> None:
@@ -91,6 +109,10 @@ class ExtraChannels:
 
 def _same(sources: Sequence[weakref.ref[_Prepared]], parts: Sequence[_Prepared]) -> bool:
     return len(sources) == len(parts) and all(s() is p for s, p in zip(sources, parts, strict=True))
+
+
+def _address(scale: torch.Tensor | None) -> int:
+    return 0 if scale is None else scale.data_ptr()
 
 
 def _suits(op: Operand) -> bool:
