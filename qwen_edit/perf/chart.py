@@ -92,7 +92,7 @@ def _header(axes: Any, theme: Theme, record: dict, wrapped: list[str]) -> None:
 def _runs(axes: Any, theme: Theme, record: dict, earlier: list[dict]) -> None:
     style(axes, theme, "Where the time went" + (", beside earlier runs" if earlier else ""))
     runs = [record, *earlier]
-    used = []
+    used: list[str] = []
     longest = max(work_ms(run) for run in runs) / 1000
     for row, run in enumerate(runs):
         start = 0.0
@@ -118,7 +118,7 @@ def _runs(axes: Any, theme: Theme, record: dict, earlier: list[dict]) -> None:
     # Names of the stages in one line, as wide as they are written.
     x, y = -(1.75 - MARGIN) * POINTS, -26
     for stage in sorted(used, key=STAGES.index):
-        name = NAMES[stage] if stage in NAMES else stage
+        name = NAMES.get(stage, stage)
         axes.annotate(
             "■", (0, 0), (x, y), "axes fraction", "offset points", color=COLOURS[stage], fontsize=15, va="center"
         )
