@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 TEXTS = {
     "error": "The run ended early ({status}); the times below go up to there.",
-    "cached": "Nothing was sampled: ComfyUI answered from its cache. Change the seed to measure an edit.",
+    "cached": "Nothing was sampled: there is no sampler in the graph, or ComfyUI answered from its cache. Then change the seed.",
     "loading_again": "{share} of the time went into loading models, as in the run before: they don't stay in memory. "
     "Try profile fast or small, or fewer models in one workflow.",
     "loading": "{share} of the time ({seconds}) went into loading models, which a first run pays. Run again for the warm time.",

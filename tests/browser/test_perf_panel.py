@@ -7,6 +7,7 @@ import urllib.request
 
 import pytest
 from browser import Browser
+from comfy_client import ComfyClient
 from comfy_host import REPO
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -113,6 +114,8 @@ def test_the_panel_speaks_chinese(browser: Browser, tmp_path):
     try:
         browser.open()
         browser.problems()  # leaving the graph of the test before is complained about
+        with ComfyClient(browser.url) as client:
+            client.upload(REPO / "web" / "examples" / "qwen_edit_astronaut.png")
         browser.load_api(API, "measure_my_card")
         queue(browser, seed=3, steps=4)
         open_panel(browser)

@@ -159,3 +159,23 @@ def test_the_route_hands_out_runs_and_downloads_but_no_texts(client: ArrayClient
         with pytest.raises(Exception, match=r"QE_INPUT|HTTP") as refused:
             client.get(f"/qwen_edit/perf?{query}")
         assert str(status) in str(refused.value) or isinstance(refused.value.__cause__, urllib.error.HTTPError)
+
+
+@pytest.mark.slow
+def test_without_matplotlib_the_table_still_comes(start_server, tmp_path):
+    pack = tmp_path / "packs" / "no_matplotlib"
+    pack.mkdir(parents=True)
+    (pack / "__init__.py").write_text(
+        "import sys\nsys.modules['matplotlib'] = None\nNODE_CLASS_MAPPINGS = {}\n", "utf-8"
+    )
+    paths = tmp_path / "paths.yaml"
+    paths.write_text(json.dumps({"test": {"custom_nodes": str(pack.parent)}}), encoding="utf-8")
+    with ArrayClient(start_server("--extra-model-paths-config", str(paths)).url) as client:
+        graph = {
+            "load": node("LoadImage", image=client.upload_array(picture(2))),
+            "save": node("SaveImage", images=["load", 0], filename_prefix="bare"),
+        }
+        result = client.run(reported(graph, "load"), timeout_s=60)
+        assert "pip install matplotlib" in result.outputs["report"]["text"][0]
+        assert "between the nodes" in result.outputs["said"]["text"][0]
+        assert len(result.images(type=None)) == 4
