@@ -9,6 +9,7 @@ import urllib.error
 import numpy as np
 import pytest
 from array_client import ArrayClient, from_file
+from comfy_host import PACK_NAME
 from comfy_server import ComfyServer
 from edits import changed, fresh, picture, small_edit
 from graphs import Graph, node
@@ -170,7 +171,8 @@ def test_without_matplotlib_the_table_still_comes(start_server, tmp_path):
     )
     paths = tmp_path / "paths.yaml"
     paths.write_text(json.dumps({"test": {"custom_nodes": str(pack.parent)}}), encoding="utf-8")
-    with ArrayClient(start_server("--extra-model-paths-config", str(paths)).url) as client:
+    extra = ["--extra-model-paths-config", str(paths), "--whitelist-custom-nodes", PACK_NAME, "no_matplotlib"]
+    with ArrayClient(start_server(*extra).url) as client:
         graph = {
             "load": node("LoadImage", image=client.upload_array(picture(2))),
             "save": node("SaveImage", images=["load", 0], filename_prefix="bare"),
