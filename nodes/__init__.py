@@ -5,9 +5,10 @@ from .batch import QwenEditBatch
 from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
-from .perf import QwenEditPerfLogger
+from .perf import QwenEditPerfLogger, QwenEditPerfReport
 from .resize import QwenEditRestoreSize, QwenEditSmartResize
 from .sampler import QwenEditSampler, QwenEditStepPreset
+from .sweep import QwenEditStepSweep
 
 NODES = [
     QwenEditLoader,
@@ -20,4 +21,6 @@ NODES = [
     QwenEditRestoreSize,
     QwenEditPerfLogger,
     QwenEditBatch,
+    QwenEditPerfReport,
+    QwenEditStepSweep,
 ]

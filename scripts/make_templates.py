@@ -171,14 +171,53 @@ Cancel whenever you like. Run again, and it goes on where it was. Keep the seed 
             ("Report", (3,)),
         ),
     ),
+    "measure_my_card": Layout(
+        """# Measure my card
+
+One edit, and a chart of where its time went: per stage, node and step, beside earlier runs, with memory over time and one \
+line on what to try.
+
+1. Run. The first run also loads the model.
+2. Change the seed and run again: the warm time, beside the cold one.
+3. Open *Timing* in the sidebar for the runs so far, and their numbers as JSON or CSV.
+
+The report measures every node of the graph, ComfyUI's own too. Put it into any workflow: it takes a picture and hands it on.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Edit", (5,)),
+            ("Result", (6, 7, 8)),
+            ("Measurement", (9,)),
+        ),
+    ),
+    "step_sweep": Layout(
+        """# Step sweep
+
+The same edit with 4, 8, 12, 20 and 40 steps: what each costs in time, how near it comes to the longest, and where more steps \
+stop paying.
+
+Write numbers of steps or names of presets into *sweep*, as *draft, standard, Lightning 8*. Each picture is the one that Qwen \
+Edit Sampler makes with the same seed.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Sweep", (5,)),
+            ("Pictures", (6,)),
+        ),
+    ),
 }
 
 ARRANGE = """
 const [note, columns] = args;
 const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, QwenEditBatch: 420, PreviewAny: 400, SaveImage: 340,
-               PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320};
+               PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320,
+               QwenEditPerfReport: 480, QwenEditStepSweep: 480};
 const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
-                PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300};
+                PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300, QwenEditPerfReport: 900, QwenEditStepSweep: 860};
 const REPORT = 90, PREVIEW = 220;  // what a node grows by when it has reported, and while it shows a preview
 const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
 const graph = app.graph;

@@ -27,6 +27,7 @@ SIDE = 480  # pixels
 GAP = 4
 MAX_BYTES = 60_000
 BACKGROUND = "#202024"
+CHARTS = ("QwenEditPerfReport", "QwenEditStepSweep")  # the chart says more than the edit
 
 
 def square(picture: Image.Image, side: int) -> Image.Image:
@@ -54,6 +55,11 @@ def rows(before: Sequence[Image.Image], after: Sequence[Image.Image]) -> Image.I
     return card
 
 
+def top(chart: Image.Image) -> Image.Image:
+    """The upper part of a chart."""
+    return chart.crop((0, 0, chart.width, chart.width)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
 def jpeg(card: Image.Image) -> bytes:
     """The card as JPEG of at most MAX_BYTES."""
     for quality in range(88, 30, -6):
@@ -75,6 +81,10 @@ def make(client: ComfyClient, workflow: dict[str, Any]) -> Image.Image:
         client.upload(EXAMPLES / name, subfolder=folder)
     before = [Image.open(EXAMPLES / name).convert("RGB") for name in names]
     result = client.run(workflow)
+    charts = [node for kind in CHARTS for node in nodes_of(workflow, kind)]
+    if charts:
+        drawn = next(image for image in result.images(type=None) if image.node == charts[0])
+        return top(Image.open(io.BytesIO(client.download(drawn))).convert("RGB"))
     after = [Image.open(io.BytesIO(client.download(image))) for image in result.images(type=None)]
     return split(before[0], after[0]) if len(before) == len(after) == 1 else rows(before, after)
 

@@ -277,7 +277,7 @@ def test_the_record_is_json_with_the_machine_in_it():
         run.tap("here", "5")
     run.models_loaded.append("QwenImage")
     record = json.loads(json.dumps(run.record(), allow_nan=False))
-    assert record["format"] == 1
+    assert record["format"] == 2
     assert record["cold"] is True
     assert record["models_loaded"] == ["QwenImage"]
     assert record["taps"][0]["label"] == "here"

@@ -13,6 +13,7 @@ from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import TransformerSource
 from ...qwen_edit.doctor import NO_MARK, LoraFacts, ModelFacts, RunFacts
 from ...qwen_edit.kernels import FusedKernels
+from ...qwen_edit.perf import record_facts
 from ...qwen_edit.precision import Precision
 from ...qwen_edit.recipes import Recipe
 from .doctor import server_flags
@@ -62,6 +63,19 @@ def run_facts(model, recipe: Recipe) -> RunFacts:
         true_cfg_scale=recipe.true_cfg_scale,
         loras=(*ours, *native),
         other_patches=patched and not native,
+    )
+
+
+def log_run(model, recipe: Recipe) -> None:
+    """Tell the performance log what is sampled, with a MODEL of QwenEditLoader."""
+    transformer = model.model.diffusion_model
+    record_facts(
+        steps=recipe.steps,
+        true_cfg_scale=recipe.true_cfg_scale,
+        attention=transformer.attention.name,
+        attention_fell_back=transformer.attention.fell_back,
+        precision=transformer.precision.name,
+        streamed=transformer.streamed,
     )
 
 

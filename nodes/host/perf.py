@@ -1,6 +1,6 @@
 """Recording one prompt from ComfyUI's own events, without touching its code.
 
-A run begins when ComfyUI asks a QwenEditPerfLogger node for its fingerprint, which it does for every prompt
+A run begins when ComfyUI asks a QwenEditPerfLogger or QwenEditPerfReport node for its fingerprint, which it does for every prompt
 that holds one, before the first node and whatever is cached. From then on a progress handler sees each node
 start, step and finish, native ones too. ComfyUI has no event for the end of a prompt, so a thread per
 recorded prompt looks at the queue's history, which also tells success, error and interrupt; meanwhile it
@@ -9,32 +9,27 @@ reset of the progress state closes the run in any case, so a failed or interrupt
 behind.
 """
 
+import hashlib
 import logging
 import re
 import threading
 import weakref
-from pathlib import Path
 
 import comfy.model_management
-import folder_paths
 from comfy_execution.graph_utils import is_link
 from comfy_execution.progress import ProgressHandler, add_progress_handler, get_progress_state
 from server import PromptServer
 
 from ...qwen_edit import perf
+from .perf_panel import NAME, log_path, send
 
-NAME = "qwen_edit_perf"
 NODE = "QwenEditPerfLogger"
 POLL_S = 0.05
 SAMPLE_EVERY = 4  # polls between two looks at the machine
 # A finished prompt that is in neither the queue nor the history: the history was cleared in between.
 GONE_AFTER = 10  # polls
+SEND_EVERY = 8  # polls between two messages to the panel in the browser
 MAX_TEXT = 2000  # characters of one text input
-
-
-def log_path() -> Path:
-    """The log in ComfyUI's output folder."""
-    return Path(folder_paths.get_output_directory()) / NAME / "perf.jsonl"
 
 
 def ensure_run() -> perf.Run | None:
@@ -49,10 +44,33 @@ def ensure_run() -> perf.Run | None:
     run = perf.Run(comfy.model_management.get_torch_device(), registry.prompt_id)
     if any(_asks_for_text(node) for node in registry.dynprompt.original_prompt.values()):
         run.text = _texts(registry.dynprompt.original_prompt)
+    prompt = registry.dynprompt.original_prompt.values()
+    run.graph = hashlib.sha256("\n".join(sorted(node["class_type"] for node in prompt)).encode()).hexdigest()[:12]
+    run.facts.update(_native_facts(prompt))
     add_progress_handler(_Handler(run))
     perf.activate(run)
-    threading.Thread(target=_follow, args=(run, queue, registry.dynprompt), name="qwen-edit-perf", daemon=True).start()
+    arguments = (run, queue, registry.dynprompt, PromptServer.instance.client_id)
+    threading.Thread(target=_follow, args=arguments, name="qwen-edit-perf", daemon=True).start()
     return run
+
+
+def earlier_runs(record: dict, count: int) -> list[dict]:
+    """The log's latest runs of the graph that `record` is of, newest first."""
+    return perf.previous_runs(record, perf.read_records(log_path()), count)
+
+
+def so_far(run: perf.Run, node_id: str) -> dict:
+    """The record up to a node that is being executed. What it depends on and what did not run was in ComfyUI's cache, which
+    says so only at the end of the prompt."""
+    graph = get_progress_state().dynprompt
+    seen, ahead = set(), [node_id]
+    while ahead:
+        at = ahead.pop()
+        if at not in seen and graph.has_node(at):
+            seen.add(at)
+            run.node_cached(at, _class_type(graph, at))  # passed over for nodes that ran
+            ahead += [value[0] for value in graph.get_node(at)["inputs"].values() if is_link(value)]
+    return run.record("so far", wait=False)
 
 
 class _Handler(ProgressHandler):
@@ -93,8 +111,8 @@ class _Handler(ProgressHandler):
             logging.warning("Qwen Edit Fast: the performance log of this prompt is incomplete.", exc_info=True)
 
 
-def _follow(run: perf.Run, queue, dynprompt) -> None:
-    """Until the prompt is over: sample. Then write its line."""
+def _follow(run: perf.Run, queue, dynprompt, client_id: str | None) -> None:
+    """Until the prompt is over: sample, and show its client how far it is. Then write its line."""
     waiting = threading.Event()
     polls = gone = 0
     try:
@@ -107,10 +125,15 @@ def _follow(run: perf.Run, queue, dynprompt) -> None:
             polls += 1
             if polls % SAMPLE_EVERY == 0:
                 run.monitor.sample()
+            if polls % SEND_EVERY == 0 and client_id is not None:
+                send(run.record("running", wait=False), None, client_id)
         perf.deactivate(run)
         for node_id in _cached(entry):
             run.node_cached(node_id, _class_type(dynprompt, node_id))
-        perf.append_record(log_path(), run.record(**_outcome(entry, run.started_at)))
+        record = run.record(**_outcome(entry, run.started_at))
+        earlier = earlier_runs(record, 1)
+        perf.append_record(log_path(), record)
+        send(record, perf.advise(record, earlier[0] if earlier else None), None)
     except Exception:
         logging.warning("Qwen Edit Fast: the performance log of a prompt was lost.", exc_info=True)
     finally:
@@ -153,6 +176,18 @@ def _loaded_models() -> list:
 
 def _asks_for_text(node: dict) -> bool:
     return node["class_type"] == NODE and node["inputs"].get("include_text") is True
+
+
+def _native_facts(nodes) -> dict[str, float]:
+    """Steps and guidance of ComfyUI's KSampler, where its widgets say them."""
+    found = {}
+    for node in nodes:
+        if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
+            for name, fact in (("steps", "steps"), ("cfg", "true_cfg_scale")):
+                value = node["inputs"].get(name)
+                if isinstance(value, int | float):
+                    found[fact] = value
+    return found
 
 
 def _texts(prompt: dict) -> dict[str, str]:

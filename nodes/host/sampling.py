@@ -16,7 +16,7 @@ from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .doctor import report
-from .facts import facts_of_model, run_facts
+from .facts import facts_of_model, log_run, run_facts
 from .model import STEPS, HostTransformer, KnownSteps, with_positions
 from .status import count
 
@@ -75,6 +75,7 @@ def sample(
         ValueError: the result holds NaN or infinity; the message names attention and precision.
     """
     require_ours(model)
+    log_run(model, recipe)
     latent = native_latent(model, latent)
     prepared, sigmas = _prepare(model, latent, recipe)
     samples = latent["samples"]

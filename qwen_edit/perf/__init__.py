@@ -15,7 +15,7 @@ after the run, so recording never waits for the device. Nothing here creates a C
 
 The record, one JSON object per line of the log:
 
-    format          1
+    format          2
     time            start, ISO 8601, UTC
     prompt_id       ComfyUI's id of the run, or null
     status          "success", "error", "interrupted" or "unknown"
@@ -25,9 +25,9 @@ The record, one JSON object per line of the log:
     cold            whether a model was loaded onto its device during this run
     models_loaded   class names of those models
     stages          {name: {ms, share, device_ms}}: time spent in the stage and nowhere deeper. Names: load,
-                    lora, preprocess, denoise, decode, postprocess, save, other, and host: the time between
-                    nodes. The shares add up to 1. device_ms is null without a CUDA device.
-    nodes           [{id, class_type, stage, ms, device_ms, cached, peak_mib, inner, steps}] in order of
+                    lora, preprocess, denoise, decode, postprocess, save, other, report (the drawing of
+                    QwenEditPerfReport), and host: the time between nodes. The shares add up to 1. device_ms is null without a CUDA device.
+    nodes           [{id, class_type, stage, at_ms, ms, device_ms, cached, peak_mib, inner, steps}] in order of
                     their start, cached ones last
                     inner: {stage: ms} spent in stages that were entered inside the node
                     steps: {count, source, first_ms, ms, device_ms}. source "engine": every step was
@@ -36,6 +36,11 @@ The record, one JSON object per line of the log:
                     device_ms hold the steps after the first, at most 200 of them.
     spans           the same for stages entered outside of any node or on another thread (id null); work on
                     other threads runs beside the rest and is not part of `stages`
+    memory          {at_ms, device_mib, rss_mib}: lists of one length, taken as nodes and steps begin and end;
+                    device_mib (torch's allocator) is null without a CUDA device
+    graph           a fingerprint of the node types of the prompt, to find runs of the same graph
+    facts           what was sampled and how, as far as it is known: {steps, true_cfg_scale, attention,
+                    attention_fell_back, precision, streamed}
     taps            [{label, node_id, at_ms}] of the logger nodes, in order
     device          {name, total_mib, peak_mib (allocator), used_mib_max, utilisation_mean, utilisation_max
                     (percent, NVML), utilisation_missing (why)}
@@ -46,23 +51,36 @@ The record, one JSON object per line of the log:
 Absent keys mean that there was nothing to say.
 """
 
-from .log import append_record, read_records
+from .advice import Advice, advise
+from .export import as_csv, as_json
+from .log import append_record, read_records, write_whole
 from .monitor import Monitor
-from .run import Run, activate, active_run, deactivate, record_step, recording, stage
+from .report import between_nodes_ms, previous_runs, ran, report_table
+from .run import Run, activate, active_run, deactivate, record_facts, record_step, recording, stage
 from .table import STAGES, stage_of, stage_table
 
 __all__ = [
     "STAGES",
+    "Advice",
     "Monitor",
     "Run",
     "activate",
     "active_run",
+    "advise",
     "append_record",
+    "as_csv",
+    "as_json",
+    "between_nodes_ms",
     "deactivate",
+    "previous_runs",
+    "ran",
     "read_records",
+    "record_facts",
     "record_step",
     "recording",
+    "report_table",
     "stage",
     "stage_of",
     "stage_table",
+    "write_whole",
 ]

@@ -1,8 +1,9 @@
-"""The log file: one JSON object per line, bounded in size, never in the way of the picture."""
+"""The log file: one JSON object per line, bounded in size, never in the way of the picture. And whole files beside it."""
 
 import json
 import logging
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -42,6 +43,20 @@ def read_records(path: Path) -> list[dict]:
             except json.JSONDecodeError:
                 continue
     return records
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that nobody sees half: under another name in the same folder first. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=".", suffix=path.suffix, dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8", newline="") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)  # mkstemp's own lets nobody else read
+        os.replace(temporary, path)
+    except OSError:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _rotate(path: Path, incoming: int, max_bytes: int, files: int) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .memory import MemoryTrace
 from .monitor import MIB, Monitor
 from .spans import Mark, Span, device_ms, is_inside, rounded, steps_of, wall_ms
 from .table import STAGES, stage_of
@@ -40,6 +41,8 @@ class Run:
         self.models_loaded: list[str] = []
         self.taps: list[dict] = []
         self.text: dict[str, str] | None = None
+        self.facts: dict[str, str | float | bool] = {}
+        self.graph: str | None = None
         self.started_at = time.time()
         self._start = time.perf_counter()
         self._thread = threading.get_ident()
@@ -50,6 +53,8 @@ class Run:
         self._cached: dict[str, str] = {}
         self._latest: dict[int, torch.cuda.Event] = {}
         self._peak = 0
+        self._memory = MemoryTrace(self.device)
+        self._look()
         if self.device is not None:
             torch.cuda.reset_peak_memory_stats(self.device)
 
@@ -64,6 +69,7 @@ class Run:
             if self.device is not None:
                 torch.cuda.reset_peak_memory_stats(self.device)
             self._open(stage_of(class_type), node_id, class_type)
+            self._look()
 
     def node_finished(self, node_id: str) -> None:
         """A node is done; one that never started on this thread is passed over."""
@@ -71,6 +77,7 @@ class Run:
             for span in self._stacks.get(threading.get_ident(), [])[:1]:
                 if span.node_id == node_id:
                     self._close(span)
+                    self._look()
 
     def node_cached(self, node_id: str, class_type: str) -> None:
         """The result of a node was there already; it counts unless the node ran after all."""
@@ -137,7 +144,7 @@ class Run:
                 if span.parent is not None:
                     self._children.setdefault(id(span.parent), []).append(span)
             result = {
-                "format": 1,
+                "format": 2,
                 "time": datetime.datetime.fromtimestamp(self.started_at, datetime.UTC).isoformat(
                     timespec="milliseconds"
                 ),
@@ -150,12 +157,17 @@ class Run:
                 "nodes": self._nodes(end),
                 "spans": [self._entry([span], end) for span in self._spans if self._is_loose(span)],
                 "taps": self.taps,
+                "memory": self._memory.record(),
                 "device": self.monitor.device(),
                 "process": self.monitor.process(),
                 "versions": {"torch": torch.__version__, "python": platform.python_version()},
             }
             if self.device is not None:
                 result["device"]["peak_mib"] = round(self._peak / MIB, 1)
+            if self.graph is not None:
+                result["graph"] = self.graph
+            if self.facts:
+                result["facts"] = dict(self.facts)
             if error is not None:
                 result["error"] = error
             if self.text is not None:
@@ -187,6 +199,10 @@ class Run:
     def _mark(self, marks: list[Mark], value: float) -> None:
         if len(marks) < MAX_MARKS:
             marks.append(Mark(value, time.perf_counter(), self._event()))
+            self._look()
+
+    def _look(self) -> None:
+        self._memory.look((time.perf_counter() - self._start) * 1000)
 
     def _event(self) -> torch.cuda.Event | None:
         if self.device is None:
@@ -270,6 +286,7 @@ class Run:
             "id": first.node_id,
             "class_type": first.class_type,
             "stage": first.name,
+            "at_ms": round((first.start - self._start) * 1000, 1),
             "ms": round(sum(wall_ms(span, end) for span in spans), 1),
             "device_ms": round(sum(known), 1) if len(known) == len(devices) else None,
             "cached": False,
@@ -323,6 +340,13 @@ def record_step() -> None:
     run = _active
     if run is not None:
         run.step()
+
+
+def record_facts(**facts: str | float | bool) -> None:
+    """What the work that is being measured is made of: steps, guidance, attention … See the record's `facts`."""
+    run = _active
+    if run is not None:
+        run.facts.update(facts)
 
 
 @contextlib.contextmanager

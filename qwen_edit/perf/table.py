@@ -1,6 +1,6 @@
 """Which stage a node belongs to, and the table people read."""
 
-STAGES = ("load", "lora", "preprocess", "denoise", "decode", "postprocess", "save", "other", "host")
+STAGES = ("load", "lora", "preprocess", "denoise", "decode", "postprocess", "save", "other", "report", "host")
 
 _BY_CLASS = {
     "load": (
@@ -16,11 +16,12 @@ _BY_CLASS = {
         "EmptySD3LatentImage EmptyQwenImageLayeredLatentImage ConditioningZeroOut ReferenceLatent"
     ),
     "denoise": (
-        "QwenEditSampler KSampler KSamplerAdvanced SamplerCustom SamplerCustomAdvanced QwenEditStepPreset "
+        "QwenEditSampler QwenEditStepSweep KSampler KSamplerAdvanced SamplerCustom SamplerCustomAdvanced QwenEditStepPreset "
         "ModelSamplingAuraFlow CFGNorm BasicScheduler BasicGuider CFGGuider KSamplerSelect RandomNoise"
     ),
     "decode": "VAEDecode VAEDecodeTiled",
     "postprocess": "QwenEditRestoreSize ImageUpscaleWithModel ImageCompositeMasked",
+    "report": "QwenEditPerfReport",
     "save": "SaveImage PreviewImage SaveImageWebsocket SaveAnimatedWEBP SaveAnimatedPNG",
 }
 _STAGE_BY_CLASS = {class_type: name for name, classes in _BY_CLASS.items() for class_type in classes.split()}

@@ -30,6 +30,8 @@ NODES = {
     "QwenEditRestoreSize",
     "QwenEditPerfLogger",
     "QwenEditBatch",
+    "QwenEditPerfReport",
+    "QwenEditStepSweep",
 }
 
 

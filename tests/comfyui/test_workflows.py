@@ -51,6 +51,8 @@ def edits(server) -> Edits:
             for node in workflow.values():
                 if node["class_type"] in ("QwenEditSampler", "QwenEditStepPreset"):
                     node["inputs"]["steps"] = STEPS
+                if node["class_type"] == "QwenEditStepSweep":
+                    node["inputs"]["sweep"] = f"2, {STEPS}"
                 if node["class_type"] == "LoadImage":
                     path = EXAMPLES / node["inputs"]["image"]
                     assert client.upload(path) == path.name
@@ -84,7 +86,7 @@ def test_results_have_the_size_of_the_source(edits: Edits, name: str, sizes: lis
 
 
 def test_all_workflows_are_tested_and_in_both_formats():
-    assert len(TEMPLATES) == 8
+    assert len(TEMPLATES) == 10
     assert TEMPLATES.keys() == API.keys() - {"warm_up"}  # which is for probes, and no picture to look at
 
 
@@ -170,6 +172,19 @@ def test_warming_up_makes_the_server_ready(client: ArrayClient):
     result = client.run(API["warm_up"], timeout_s=120)
     assert len(result.images("temp")) == 1
     assert client.get("/qwen_edit/status")["ready"]
+
+
+def test_measure_my_card_saves_the_edit_and_draws_the_chart(edits: Edits):
+    source = picture("astronaut")
+    result, chart = edits("measure_my_card")
+    check_exact(result, source, instructions.grey(source))
+    assert chart.shape[1] == 900
+
+
+def test_step_sweep_draws_the_chart_and_the_pictures(edits: Edits):
+    chart, sheet = edits("step_sweep")
+    assert chart.shape[:2] == (920, 900)
+    assert sheet.shape[1] >= 2 * 256
 
 
 def api_of(template: dict[str, Any]) -> dict[str, Any]:

@@ -270,6 +270,15 @@ class Patch:
             return (ModelPatcher(holder, torch.device("cpu"), torch.device("cpu")),)
         elif kind == "nan":
             clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float("nan"))
+        elif kind.startswith("nan at "):  # only in a run of so many steps
+            steps = int(kind.split()[-1])
+
+            def poisoned(apply, args):
+                result = apply(args["input"], args["timestep"], **args["c"])
+                sigmas = args["c"]["transformer_options"]["sample_sigmas"]
+                return result * float("nan") if len(sigmas) == steps + 1 else result
+
+            clone.set_model_unet_function_wrapper(poisoned)
         elif kind == "oom":
             clone.set_model_unet_function_wrapper(_out_of_memory)
         return (clone,)
