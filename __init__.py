@@ -12,9 +12,10 @@ async def comfy_entrypoint():
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            from .nodes.host.doctor import register
+            from .nodes.host import canvas, doctor
 
-            register()
+            doctor.register()
+            canvas.register()
 
         async def get_node_list(self):
             return NODES

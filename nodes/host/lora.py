@@ -153,6 +153,11 @@ def _resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
     return POOL.get((fingerprint([path]), target.dtype, config), make, lambda patcher: patcher.model_size())
 
 
+def residents() -> list[tuple[str, int]]:
+    """Name and bytes of each resident LoRA; for ``canvas.py``, from the server's thread."""
+    return [(patcher.model.path.stem, size) for patcher, size in POOL.sizes() if not patcher.model.is_empty]
+
+
 def _line(lora: ResidentLora, strength: float, was_resident: bool, size: int) -> str:
     state = "resident" if was_resident else "read from disk"
     line = f"{lora.path.stem}: strength {strength:g}, {len(lora.scales)} layers, {size / 2**20:.1f} MiB, {state}"

@@ -148,6 +148,10 @@ class Owner(Generic[T]):
             self._idle.append(dropped)
         return thing, found
 
+    def sizes(self) -> list[tuple[T, int]]:
+        """What is kept now, and its bytes. Any thread may ask."""
+        return list(self._kept.values())
+
     def forget_all(self) -> None:
         """Drop all weights, also those that wait in RAM, and let go of everything a moment later: this is called by
         ComfyUI's memory manager while it walks its list of loaded models, and dropping the last reference to one of
