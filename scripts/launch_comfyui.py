@@ -76,8 +76,8 @@ def find_card(python: Path, index: int) -> Card:
     except (OSError, subprocess.CalledProcessError, ValueError):
         pass  # another maker's card, or none
     code = (
-        "import torch; p = torch.cuda.get_device_properties(%d) if torch.cuda.is_available() else None\n"
-        "print(p.name if p else 'none', p.total_memory if p else 0, sep='\\t')" % index
+        f"import torch; p = torch.cuda.get_device_properties({index}) if torch.cuda.is_available() else None\n"
+        "print(p.name if p else 'none', p.total_memory if p else 0, sep='\\t')"
     )
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
     if found.returncode:
@@ -88,7 +88,9 @@ def find_card(python: Path, index: int) -> Card:
 
 def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
     """A table by the card's memory, so that equal machines start equally."""
-    flags = [Choice(("--preview-method", "latent2rgb"), "shows the edit while it is sampled; ComfyUI's default shows none")]
+    flags = [
+        Choice(("--preview-method", "latent2rgb"), "shows the edit while it is sampled; ComfyUI's default shows none")
+    ]
     if card.memory == 0:
         flags.append(Choice(("--cpu",), "no card was found"))
         profile = "quality"
@@ -112,8 +114,14 @@ def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
     if headless:
         flags += [
             Choice(("--disable-auto-launch",), "there is no screen"),
-            Choice(("--disable-api-nodes",), "the server stays local: no paid nodes, and the page asks nothing of the internet"),
-            Choice(("--cache-lru", "64"), "results of the last 64 nodes stay, so that clients do not push out each other's encodings"),
+            Choice(
+                ("--disable-api-nodes",),
+                "the server stays local: no paid nodes, and the page asks nothing of the internet",
+            ),
+            Choice(
+                ("--cache-lru", "64"),
+                "results of the last 64 nodes stay, so that clients do not push out each other's encodings",
+            ),
         ]
     environment = [
         Choice(("HF_HUB_OFFLINE=1",), "this pack reads local files only; an attempt to download fails at once"),

@@ -31,7 +31,9 @@ class Layout:
 
     note: str
     columns: tuple[tuple[str, tuple[int, ...]], ...]
-    models: tuple[tuple[int, str], ...] = ()  # node, address of the file that it names: the page offers it where it lacks
+    models: tuple[
+        tuple[int, str], ...
+    ] = ()  # node, address of the file that it names: the page offers it where it lacks
 
 
 LAYOUTS = {
@@ -78,8 +80,8 @@ A checkpoint with Lightning in it needs no LoRA. Without either, as here with th
     "small_card": Layout(
         """# Small card
 
-For cards below 16 GB. The transformer is 4 bit (profile *small*), its blocks come from RAM one by one \
-(offload *stream*), and the picture is decoded in tiles.
+For cards below 16 GB. The transformer is 4 bit (profile *small*) and the picture is decoded in tiles. If it still does \
+not fit, the transformer's blocks come from RAM one by one; offload *stream* asks for that.
 
 4 bit is visibly less exact. If the model fits with profile *fast*, take that: *auto* chooses by the card.
 """

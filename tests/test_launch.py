@@ -83,7 +83,9 @@ def test_copied_files_are_there_and_not_ignored():
 
 def test_scripts_that_the_image_runs_do_what_it_asks_of_them(comfyui: Host, tmp_path: Path):
     """Its Python one-liners, with the download taken as done."""
-    (snippet,) = [part for _, rest in instructions() for part in re.findall(r'python -c "(.*?)"', rest) if "fetch" in part]
+    (snippet,) = [
+        part for _, rest in instructions() for part in re.findall(r'python -c "(.*?)"', rest) if "fetch" in part
+    ]
     fetched = tmp_path / "ComfyUI-0.30.0"
     (fetched / "comfy").mkdir(parents=True)
     for name in ("main.py", "requirements.txt"):

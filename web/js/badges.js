@@ -1,6 +1,7 @@
 // Badges on the pack's nodes: the effective settings of a preset, resident LoRAs, and what went otherwise than asked
 // for. Presets and texts come from the server; nothing is written into widgets. `badges` of a node is ComfyUI's own
-// list, drawn by the classic canvas and by Nodes 2.0.
+// list, drawn by the classic canvas and by Nodes 2.0, which refreshes only what depends on widgets: what a run found is
+// there in the report on the node.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -16,58 +17,47 @@ let texts = {};
 const text = (key, values = {}) =>
   Object.entries(values).reduce((line, [name, value]) => line.replace(`{${name}}`, value), texts[key] ?? key);
 
+const newBadge = (kind, words) => new LGraphBadge({ text: words, fgColor: "#ffffff", bgColor: COLOURS[kind] });
+
+// What a run found. An empty badge is not drawn.
 function setBadge(node, kind, words) {
   const own = (node.qwenEditBadges ??= {});
-  if ((own[kind]?.text ?? "") === words) return;
-  const others = node.badges.filter((badge) => badge !== own[kind]);
-  if (words) own[kind] = new LGraphBadge({ text: words, fgColor: "#ffffff", bgColor: COLOURS[kind] });
-  else delete own[kind];
-  const oldValue = node.badges;
-  node.badges = words ? [...others, own[kind]] : others;
-  // Nodes 2.0 draws from a copy, which this refreshes.
-  node.graph?.trigger?.("node:property:changed", {
-    type: "node:property:changed",
-    nodeId: node.id,
-    property: "badges",
-    oldValue,
-    newValue: node.badges,
-  });
+  if (own[kind]) own[kind].text = words;
+  else if (words) node.badges.push((own[kind] = newBadge(kind, words)));
   node.setDirtyCanvas(true, true);
 }
 
-// An override of 0 keeps the preset's value. What comes through a link is known only when the node has run.
-function showSettings(node) {
-  const inputs = ["preset", ...OVERRIDES];
-  const linked = node.inputs?.some((input) => inputs.includes(input.widget?.name) && input.link != null);
-  const value = (name) => node.widgets?.find((widget) => widget.name === name)?.value;
-  const recipe = recipes[value("preset")];
-  if (linked || !recipe) return setBadge(node, "settings", "");
-  const [steps, cfg, shift] = OVERRIDES.map((name) => value(name) || recipe[name]);
+// An override of 0 keeps the preset's value.
+function settings(preset, ...overrides) {
+  const recipe = recipes[preset];
+  if (!recipe) return "";
+  const [steps, cfg, shift] = OVERRIDES.map((name, index) => overrides[index] || recipe[name]);
   const parts = [
     text("steps", { steps }),
     cfg === 1 ? text("noCfg") : text("cfg", { cfg: +cfg.toFixed(2) }),
     shift ? text("shift", { shift: +shift.toFixed(2) }) : text("dynamicShift"),
   ];
-  setBadge(node, "settings", parts.join(" · "));
+  return parts.join(" · ");
 }
 
-function followSettings(node) {
-  for (const widget of node.widgets ?? []) {
-    if (widget.name !== "preset" && !OVERRIDES.includes(widget.name)) continue;
-    const callback = widget.callback;
-    widget.callback = function () {
-      const result = callback?.apply(this, arguments);
-      showSettings(node);
-      return result;
-    };
-  }
-  for (const event of ["onConfigure", "onConnectionsChange", "onAdded"]) {
-    const before = node[event];
-    node[event] = function () {
-      before?.apply(this, arguments);
-      showSettings(this);
-    };
-  }
+// A badge that follows the node's widgets: the classic canvas asks for it whenever it draws, so nothing is worked out
+// twice; Nodes 2.0 asks when a widget that is read here has changed, and wants a new badge for new words.
+function settingsBadge(node) {
+  const names = ["preset", ...OVERRIDES];
+  const widgets = names.map((name) => node.widgets.find((widget) => widget.name === name));
+  const slots = node.inputs.filter((input) => names.includes(input.widget?.name));
+  let shown = newBadge("settings", "");
+  let known;
+  return () => {
+    const values = widgets.map((widget) => widget.value);
+    // What comes through a link is known only when the node has run.
+    const now = slots.some((slot) => slot.link != null) ? "linked" : values.join();
+    if (now !== known) {
+      known = now;
+      shown = newBadge("settings", now === "linked" ? "" : settings(...values));
+    }
+    return shown;
+  };
 }
 
 async function showResident(node) {
@@ -103,14 +93,15 @@ const split = (said) => [said].flat().filter(Boolean).join("\n").split("\n");
 app.registerExtension({
   name: "QwenEditFast.Badges",
 
-  async setup() {
+  async init() {
     const [answer, i18n] = await Promise.all([api.fetchApi("/qwen_edit/recipes"), api.fetchApi("/i18n")]);
     const language = app.extensionManager.setting.get("Comfy.Locale");
     const translations = i18n.ok ? await i18n.json() : {};
     texts = { ...translations.en?.qwenEditFast?.badges, ...translations[language]?.qwenEditFast?.badges };
     if (answer.ok) recipes = await answer.json();
-    for (const node of app.graph?.nodes ?? []) if (PRESET_NODES.includes(node.comfyClass)) showSettings(node);
+  },
 
+  setup() {
     // What a node of ours says while it runs: findings, or that it goes on in another way than asked for.
     api.addEventListener("progress_text", ({ detail }) => {
       const node = nodeOf(detail.nodeId);
@@ -127,7 +118,7 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (!node.comfyClass?.startsWith("QwenEdit")) return;
-    if (PRESET_NODES.includes(node.comfyClass)) followSettings(node);
+    if (PRESET_NODES.includes(node.comfyClass)) node.badges.push(settingsBadge(node));
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
