@@ -80,14 +80,15 @@ A checkpoint with Lightning in it needs no LoRA. Without either, as here with th
     "small_card": Layout(
         """# Small card
 
-For cards below 16 GB. The transformer is 4 bit (profile *small*) and the picture is decoded in tiles. If it still does \
-not fit, the transformer's blocks come from RAM one by one; offload *stream* asks for that.
+For cards below 16 GB. Profile *auto* takes the most exact precision that fits (4 bit on these cards), the text encoder \
+leaves the card after encoding, and the picture is decoded in tiles. A transformer that still does not fit is streamed \
+from RAM; offload *stream* asks for that.
 
-4 bit is visibly less exact. If the model fits with profile *fast*, take that: *auto* chooses by the card.
+4 bit is visibly less exact than 8 bit.
 """
         + MODEL_NOTE,
         (
-            ("Small model and picture", (1, 2)),
+            ("Model and picture", (1, 2)),
             ("Instruction", (3, 4)),
             ("Edit", (5,)),
             ("Result", (6, 7, 8)),

@@ -25,7 +25,9 @@ def test_chinese_texts_are_complete(client: ArrayClient):
 
 def test_every_input_has_a_tooltip():
     for name, node in texts("en").items():
-        bare = [key for key, entry in node["inputs"].items() if "tooltip" not in entry and key != "control_after_generate"]
+        bare = [
+            key for key, entry in node["inputs"].items() if "tooltip" not in entry and key != "control_after_generate"
+        ]
         assert not bare, f"{name}: {bare}"
 
 
