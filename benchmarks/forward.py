@@ -33,7 +33,7 @@ from qwen_edit.attention import CHOICES, resolve
 from qwen_edit.kernels import resolve_kernels
 from qwen_edit.linear import pack
 from qwen_edit.modulation import ModulationCache
-from qwen_edit.quantize import ACTIVATIONS, FORMATS, in_its_form, prepare
+from qwen_edit.quantize import FORMATS, activations, in_its_form, prepare
 from qwen_edit.transformer import QwenEditTransformer
 
 DTYPE = torch.bfloat16
@@ -69,7 +69,7 @@ def ours(source: QwenEditTransformer, form: str | None, attention: str) -> QwenE
         pack([attn.add_q_proj, attn.add_k_proj, attn.add_v_proj])
     device = source.img_in.weight.device
     model.attention = resolve(attention, device, DTYPE, 128)
-    model.kernels = resolve_kernels(device, DTYPE, ACTIVATIONS.get(form or ""))
+    model.kernels = resolve_kernels(device, DTYPE, activations(form, device, DTYPE))
     model.modulation = ModulationCache()
     return model.eval()
 

@@ -1,12 +1,16 @@
 """What LoRAs cost: one forward at full size with random weights, without and with them, and while they are switched.
 
-    python benchmarks/lora.py [--layers 60] [--side 1024] [--text 280] [--repeat 9] [--switches 100] [--peft]
+    python benchmarks/lora.py [--layers 60] [--side 1024] [--text 280] [--repeat 9] [--switches 100] [--mixed 1000] [--peft]
 
 Stacks: one of rank 32; one of rank 64, as Lightning's; that and three of rank 32. All linears of the blocks but the
 modulation have them. "afterwards": the terms are added to each product's result, as peft does, and not as channels of the
 product (see ``extra_channels.py``). A LoRA changes its weights by 2 %. A switch is a forward with another stack than the
 one before, less one with the same. Errors are of the velocity with the last stack, relative to float32, with
 ``--exact-layers``. ``--peft`` measures diffusers with peft beside it.
+
+"fused" is a LoRA of rank 32 in the weights, the originals kept on the card or in pinned memory; "first" makes that memory
+and fills it. "pays from" is the steps x rank x output tokens from which fusing and going back cost less than they save
+(``fused_lora.PAYS_FROM``). The thousand switches are of both kinds, mixed.
 """
 
 import argparse
@@ -23,6 +27,7 @@ from environment import environment, keep
 from forward import DTYPE, Case, diffusers_model, milliseconds, ours, random_model, source_in_float32
 
 from qwen_edit.extra_channels import ExtraChannels
+from qwen_edit.fused_lora import FusedLoras
 from qwen_edit.linear import NO_ADAPTERS, LowRank
 from qwen_edit.quantize import is_modulation
 
@@ -74,6 +79,7 @@ def measure(form: str | None, options, device) -> dict[str, Any]:
     row["without, afterwards, ms"] = ms()
     row["without, afterwards: the same bits"] = torch.equal(case.ours(model), before)
     row |= switching(model, case, options, device)
+    row["fused"] = fusing(model, case, row, options, device)
     return row
 
 
@@ -153,18 +159,77 @@ def waits(call: Callable[[], object], count: int, device: torch.device) -> list[
     return times
 
 
+class PinnedMemory:
+    """Where the originals are kept; not registered tensor by tensor, as in the product, but made pinned."""
+
+    def like(self, weight: torch.Tensor) -> torch.Tensor:
+        return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+
+    def release(self) -> None:
+        pass
+
+
+def fusing(model, case: Case, row: dict[str, Any], options, device) -> dict[str, Any]:
+    """What fusing, going back and a step cost."""
+    rank = 32
+    loras = [stacked([random_lora(model, rank, device)]) for _ in range(2)]
+    before = case.ours(model)
+    result: dict[str, Any] = {}
+    for where, host in (("on the card", None), ("in pinned memory", PinnedMemory())):
+        fused = FusedLoras(model)
+
+        def fuse(number: int, fused=fused, host=host) -> None:
+            fused.fuse(number, loras[number % 2], host)
+
+        numbers = itertools.count()
+        found: dict[str, Any] = {"first, ms": waits(lambda fuse=fuse, n=numbers: fuse(next(n)), 1, device)[0]}
+        fused.restore()
+        times = {"fuse": [], "go back": []}
+        for _ in range(options.repeat):
+            times["fuse"] += waits(lambda fuse=fuse, n=numbers: fuse(next(n)), 1, device)
+            times["go back"] += waits(fused.restore, 1, device)
+        found |= {f"{what}, ms": statistics.median(each) for what, each in times.items()}
+        if host is not None:
+            copies = list(fused._kept.values())
+            target = [torch.empty(copy.shape, dtype=copy.dtype, device=device) for copy in copies]
+
+            def transfer(copies=copies, target=target) -> None:
+                for copy, to in zip(copies, target, strict=True):
+                    to.copy_(copy, non_blocking=True)
+
+            found["transfer alone, ms"] = statistics.median(waits(transfer, options.repeat, device))
+            del target
+        fuse(next(numbers))
+        found["step, ms"] = milliseconds(lambda: case.ours(model), device, options.repeat)
+        fused.drop()
+        found["afterwards: the same bits"] = torch.equal(case.ours(model), before)
+        saved = row["rank 32"]["ms"] - row["without, ms"]
+        cost = found["fuse, ms"] + found["go back, ms"]
+        found["pays from"] = round(cost / saved * rank * case.rows**2) if saved > 0 else None
+        result[where] = {k: round(v, 2) if isinstance(v, float) else v for k, v in found.items()}
+        print("fused", where, result[where], flush=True)
+    return result
+
+
 def thousand_switches(options, device) -> dict[str, Any]:
-    """On a few layers: the result without LoRA before and after."""
+    """On a few layers: the result without LoRA before and after, the LoRAs in turn beside the weights and in them."""
     rows = {}
-    for form in (None, "fp8"):
+    for form in (None, "fp8", "int8"):
         model = ours(random_model(2, device), form, "auto")
         model.channels = ExtraChannels()
         case = Case(256, options.text, device)
         before = case.ours(model)
+        fused, host = FusedLoras(model), PinnedMemory()
         loras = [stacked([random_lora(model, rank, device)]) for rank in (4, 16, 32, 64)]
-        for lora in itertools.islice(itertools.cycle(loras), 1000):
-            model.adapters = lora
+        for number, lora in enumerate(itertools.islice(itertools.cycle(loras), options.mixed)):
+            beside = number % 3 == 0
+            if beside:
+                fused.restore()
+            else:
+                fused.fuse(number, lora, host if number % 3 == 1 else None)
+            model.adapters = lora if beside else NO_ADAPTERS
             case.ours(model)
+        fused.drop()
         model.adapters = NO_ADAPTERS
         rows[form or "bf16"] = torch.equal(case.ours(model), before)
     return rows
@@ -199,6 +264,7 @@ def main() -> None:
     parser.add_argument("--text", type=int, default=280, help="text tokens")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--switches", type=int, default=100)
+    parser.add_argument("--mixed", type=int, default=1000, help="switches after which the bits are compared")
     parser.add_argument("--forms", default="bf16,fp8,int8")
     parser.add_argument("--peft", action="store_true")
     parser.add_argument("--name", default="lora")
@@ -215,8 +281,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     result["errors"] = errors(options, device)
     print(result["errors"], flush=True)
-    result["the same bits after 1000 switches"] = thousand_switches(options, device)
-    print(result["the same bits after 1000 switches"], flush=True)
+    result[f"the same bits after {options.mixed} switches"] = thousand_switches(options, device)
+    print(f"the same bits after {options.mixed} switches", list(result.values())[-1], flush=True)
     if options.peft:
         result["peft"] = with_peft(options, device)
         print(result["peft"], flush=True)

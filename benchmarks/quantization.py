@@ -36,12 +36,12 @@ from qwen_edit.attention import resolve
 from qwen_edit.checkpoints import fill, transformer_from_folder
 from qwen_edit.kernels import resolve_kernels
 from qwen_edit.modulation import ModulationCache
-from qwen_edit.precision import Precision
 from qwen_edit.quantize import (
     FORMATS,
     SHARE,
     FourBitLinear,
     QuantizedLinear,
+    activations,
     in_its_form,
     keeps_full_precision,
     prepare,
@@ -136,7 +136,7 @@ def demo_transformer(
 def configured(model: Transformer, form: str | None, device: torch.device, dtype: torch.dtype) -> Transformer:
     model.compute = dtype
     model.attention = resolve("auto", device, dtype, model.config.attention_head_dim)
-    model.kernels = resolve_kernels(device, dtype, Precision("", dtype, form, "").activations)
+    model.kernels = resolve_kernels(device, dtype, activations(form, device, dtype))
     model.modulation = ModulationCache()
     return model
 

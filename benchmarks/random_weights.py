@@ -130,6 +130,7 @@ def main() -> None:
     parser.add_argument("--comfyui", type=Path, required=True)
     parser.add_argument("--layers", type=int, default=60, help="transformer blocks (fewer: a quick try)")
     parser.add_argument("--without-fp8", action="store_true", help="leave out the fp8mixed twin")
+    parser.add_argument("--without-bf16", action="store_true", help="only the fp8mixed twin and the VAE (27 GB)")
     options = parser.parse_args()
     pool = Pool()
     transformer = transformer_names(options.layers)
@@ -138,6 +139,8 @@ def main() -> None:
     if not options.without_fp8:
         plans["diffusion_models", "fp8"] = list(fp8_mixed(transformer))
     plans["loras", "rank64"] = list(lora(transformer, 64))
+    if options.without_bf16:
+        plans = {key: plans[key] for key in (("diffusion_models", "fp8"), ("vae", "vae"))}
     for (kind, name), tensors in plans.items():
         path = options.folder / kind / f"random_{name}.safetensors"
         print(f"{path}: {write(path, tensors, pool) / 1e9:.1f} GB", flush=True)

@@ -43,15 +43,15 @@ class QwenEditLoader(io.ComfyNode):
                     "profile",
                     options=list(PROFILES),
                     default="auto",
-                    tooltip="quality: bf16. fast: fp8 (RTX 40 and later, H100), else int8. small: 4 bit, for cards below 16 GB,"
-                    " visibly less exact. auto: the first of these that fits on the card; on the CPU quality.",
+                    tooltip="quality: bf16. fast: fp8 (RTX 40 and later, H100), else int8. small: 4-bit weights, for cards below 16 GB,"
+                    " less exact. auto: the first of these that fits on the card; on the CPU quality.",
                 ),
                 io.Combo.Input(
                     "precision",
                     options=list(PRECISIONS),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as the profile says; a quantized file runs as it is stored. fp8, int8 and w4a4 (4 bit) "
+                    tooltip="auto: as the profile says; a quantized file runs as it is stored. fp8, int8, w4a8 and w4a4 (4 bit) "
                     "quantize a bf16 file while it is read; what does not run here falls back, and the node says so. fp16 "
                     "overflows in this model on many pictures.",
                 ),
@@ -70,8 +70,9 @@ class QwenEditLoader(io.ComfyNode):
                     options=list(OFFLOAD),
                     default="auto",
                     advanced=True,
-                    tooltip="auto: as ComfyUI's memory manager decides; a transformer too large for the card is streamed. none: stay on the card. text encoder: it leaves the"
-                    " card after encoding. stream: the transformer's blocks come from RAM one by one, slow but small.",
+                    tooltip="auto: as many of the transformer's blocks stay on the card as ComfyUI has room for when it is loaded;"
+                    " the others come from RAM while the ones before them compute. none: all of it stays on the card. text"
+                    " encoder: as auto, and the text encoder leaves the card after encoding. stream: all blocks come from RAM.",
                 ),
                 io.Combo.Input(
                     "model_version",

@@ -6,6 +6,7 @@ from comfy_api.latest import io, ui
 
 from ..qwen_edit.errors import INPUT
 from .host import folders
+from .host.request import LORA_MODES
 
 SLOTS = 4
 MAX_STRENGTH = 10.0
@@ -38,20 +39,31 @@ class QwenEditLoraSwitch(io.ComfyNode):
                     tooltip="0: resident but switched off. 1: as trained. Negative: the opposite.",
                 ),
             ]
+        inputs.append(
+            io.Combo.Input(
+                "mode",
+                options=list(LORA_MODES),
+                default="auto",
+                optional=True,
+                advanced=True,
+                tooltip="resident: beside the weights; switching costs nothing, each step a little. fused: added to the weights,"
+                " no cost per step; a switch takes a moment, and 8-bit weights are rounded once more. auto: fused where the"
+                " weights are not quantized, the card has room for a second copy of them and the run is long enough.",
+            )
+        )
         return io.Schema(
             node_id="QwenEditLoraSwitch",
             display_name="Qwen Edit LoRA Switch",
             category="Qwen Edit Fast",
-            description="Switches resident LoRAs on and off without touching the model's weights. Two branches with"
-            " different LoRAs do not disturb each other.",
+            description="Switches resident LoRAs on and off. Two branches with different LoRAs do not disturb each other.",
             inputs=inputs,
             outputs=[io.Model.Output(display_name="MODEL")],
         )
 
     @classmethod
-    def execute(cls, model, **slots) -> io.NodeOutput:
+    def execute(cls, model, mode="auto", **slots) -> io.NodeOutput:
         from .host.accelerate import lora_target  # brings diffusers: only when a node runs
-        from .host.lora import switch
+        from .host.lora_switch import switch
 
         target = lora_target(model)
         wanted = []
@@ -63,7 +75,7 @@ class QwenEditLoraSwitch(io.ComfyNode):
                 )
             if name != folders.NONE:
                 wanted.append((folders.lora_path(name), strength))
-        clone, lines = switch(model, target, wanted)
+        clone, lines = switch(model, target, wanted, mode)
         return io.NodeOutput(clone, ui=ui.PreviewText("\n".join(lines) or "No LoRA is switched on."))
 
     @classmethod

@@ -9,6 +9,7 @@ alone or with a text encoder and a VAE, quantized or not (the forms that ComfyUI
 import json
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ DTYPES = FLOAT_DTYPES | {
 ZERO_COND_MARKER = "__index_timestep_zero__"
 # This model alone has it at the top of its names, so what stands before it is the file's prefix.
 TOP_LEVEL_NAME = "txt_norm.weight"
+BLOCKS = "transformer_blocks"
 
 
 Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
@@ -268,9 +270,11 @@ def fill(
     device: torch.device,
     progress: Progress | None = None,
     on_ram: Callable[[torch.Tensor], None] | None = None,
+    on_block: Callable[[int], None] | None = None,
 ) -> None:
     """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``, and there into the
-    form of their modules (see ``quantize``), one tensor after the other. ``on_ram`` gets each one that stays in RAM.
+    form of their modules (see ``quantize``), one tensor after the other. ``on_ram`` gets each one that stays in RAM;
+    ``on_block`` is called with a block's index as soon as the block has all its weights, and may move them.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
@@ -278,7 +282,8 @@ def fill(
     check_tensors(model, source)
     wanted, scales = _stored(model, source)
     total, done = sum(s.nbytes for s in wanted.values()), 0
-    state = {}
+    left = Counter(_block_of(name)[0] for name in wanted)
+    state: dict[int | None, dict[str, torch.Tensor]] = defaultdict(dict)
     for name, tensor in mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
         module, parameter = _owner(model, name)
         there = tensor if wanted[name].keep else tensor.to(device)
@@ -290,14 +295,28 @@ def fill(
         elif not isinstance(module, PackedLinear):
             floats = dequantize(there.to(device), source.blocks[name], dtype)  # on the card, where it is fast
             there = floats.view(getattr(module, parameter).shape).to(there.device)
-        state[name] = in_its_form(module, parameter, there)
+        block, name_there = _block_of(name)
+        state[block][name_there] = in_its_form(module, parameter, there)
+        left[block] -= 1
+        if block is not None and left[block] == 0:
+            model.get_submodule(f"{BLOCKS}.{block}").load_state_dict(state.pop(block), strict=True, assign=True)
+            if on_block is not None:
+                on_block(block)
         if wanted[name].keep and on_ram is not None:
             on_ram(there)
         done += wanted[name].nbytes
         if progress is not None:
             progress(done, total)
-    model.load_state_dict(state, strict=True, assign=True)
+    model.load_state_dict(state[None], strict=False, assign=True)  # check_tensors was strict
     model.requires_grad_(False)
+
+
+def _block_of(name: str) -> tuple[int | None, str]:
+    """The index of the block that a tensor belongs to (None: to none), and its name there."""
+    if not name.startswith(f"{BLOCKS}."):
+        return None, name
+    _, index, rest = name.split(".", 2)
+    return int(index), rest
 
 
 def _owner(model: torch.nn.Module, name: str) -> tuple[Any, str]:

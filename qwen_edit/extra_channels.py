@@ -77,8 +77,9 @@ class ExtraChannels:
     def extended(self, op: Operand, adapters: Adapters) -> Operand:
         """``op`` with the adapters of its modules as channels; as it is without adapters, or where its weight's form does
         not allow it (the adapters are then added to the result)."""
-        mine = [adapters.get(module, ()) for module in op.modules]
-        if not any(mine) or op.weight is None or not _suits(op):
+        given = [adapters.get(module, ()) for module in op.modules]
+        mine = [[a for a in each if isinstance(a, LowRank)] for each in given]
+        if not any(mine) or mine != given or op.weight is None or not _suits(op):
             return op
         adapters_in_order = [a for each in mine for a in each]
         laid = self._laid.get(op.modules[0])

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .four_bit import is_four_bit, unpacked_weights
 from .kernels import FusedKernels, Rows
 from .packed import PackedLinear, unpacked
 from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
@@ -31,8 +32,26 @@ class LowRank:
     derived: dict = field(default_factory=dict, compare=False, repr=False)
 
 
+@dataclass(frozen=True)
+class HighRank:
+    """An adapter whose rank is too high for a term beside the product: adds ``scale * x D^T``, D of the weight's shape.
+
+    ``factors``: two matrices, whose Kronecker product D is (LoKr), or four, of which D is ``(f0 f1) ∘ (f2 f3)`` (LoHa).
+    """
+
+    factors: tuple[torch.Tensor, ...]
+    scale: float
+
+    def difference(self) -> torch.Tensor:
+        """``scale * D`` ``[out, in]`` in float32; as large as the weight, so it is made where it is used."""
+        f = [factor.float() for factor in self.factors]
+        whole = torch.kron(f[0], f[1]) if len(f) == 2 else (f[0] @ f[1]).mul_(f[2] @ f[3])
+        return whole.mul_(self.scale)
+
+
+Adapter = LowRank | HighRank
 # Active adapters by the linear that they add to.
-Adapters = Mapping[nn.Module, Sequence[LowRank]]
+Adapters = Mapping[nn.Module, Sequence[Adapter]]
 NO_ADAPTERS: Adapters = {}
 
 
@@ -120,12 +139,18 @@ def operand(weights: WeightReader, module: Any) -> Operand:
 
 
 def unpacked_operand(modules: Sequence[Any]) -> Operand | None:
-    """Linears over the same input whose weights are in ggml's formats, as one: the floats are made here, side by side, and
-    go with the operand. None if one of them is of another kind."""
-    if not all(type(m) is PackedLinear and not runs_itself(m) for m in modules):
+    """Linears over the same input whose weights are in ggml's formats or of 4 bits, as one: what is multiplied is made
+    here, side by side, and goes with the operand. None if one of them is of another kind."""
+    if any(runs_itself(m) for m in modules):
         return None
-    weight, bias = unpacked(modules)
-    return Operand(tuple(modules), tuple(m.out_features for m in modules), weight, None, bias)
+    widths = tuple(m.out_features for m in modules)
+    if all(type(m) is PackedLinear for m in modules):
+        weight, bias = unpacked(modules)
+        return Operand(tuple(modules), widths, weight, None, bias)
+    if all(is_four_bit(m.weight) for m in modules):
+        bias = modules[0].bias if len(modules) == 1 else torch.cat([m.bias for m in modules])
+        return Operand(tuple(modules), widths, *unpacked_weights([m.weight for m in modules], bias.dtype), bias)
+    return None
 
 
 def packed(operands: Sequence[Operand]) -> Operand | None:
@@ -257,8 +282,12 @@ def _plain(op: Operand, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tens
     return torch.addmm(op.bias, x, op.weight.t(), out=out)
 
 
-def low_rank(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[LowRank]) -> torch.Tensor:
-    """``y += scale * (x A^T) B^T`` in place for each adapter; y ``[M, N]``, x ``[M, K]``."""
+def low_rank(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
+    """``y += scale * (x A^T) B^T`` in place for each adapter; y ``[M, N]``, x ``[M, K]``. One of high rank costs as much as
+    the linear itself."""
     for adapter in adapters:
-        y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
+        if isinstance(adapter, HighRank):
+            y.addmm_(x, adapter.difference().to(x.dtype).t())
+        else:
+            y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
     return y

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from .checkpoints import read_header
 from .errors import LORA
-from .linear import LowRank
-from .lora_files import PeftScales, check_numbers, low_rank, parts_by_module
+from .linear import Adapter
+from .lora_files import PeftScales, adapter, check_numbers, parts_by_module
 from .transformer import QwenEditTransformer
 
 # Linears whose addend the forward honours; a LoRA on others (the timestep embedder) is counted as skipped.
@@ -29,12 +29,8 @@ PREFIXES = ("transformer.", "diffusion_model.", "lora_unet_", "lycoris_")
 class LoraFile:
     """A LoRA as it matches one transformer. ``skipped``: modules in the file that this transformer lacks."""
 
-    layers: Mapping[str, LowRank]
+    layers: Mapping[str, Adapter]
     skipped: tuple[str, ...]
-
-    @property
-    def nbytes(self) -> int:
-        return sum(layer.a.nbytes + layer.b.nbytes for layer in self.layers.values())
 
 
 def read_lora(path: Path, model_config: Mapping[str, object], dtype: torch.dtype = torch.float32) -> LoraFile:
@@ -54,7 +50,7 @@ def read_lora(path: Path, model_config: Mapping[str, object], dtype: torch.dtype
     scales = PeftScales(path)
     linears = _linears(model_config)
     flattened = {name.replace(".", "_"): name for name in linears}
-    layers: dict[str, LowRank] = {}
+    layers: dict[str, Adapter] = {}
     skipped = []
     for name, parts in parts_by_module(path, state).items():
         module = _module(name, parts, linears, flattened)
@@ -66,7 +62,7 @@ def read_lora(path: Path, model_config: Mapping[str, object], dtype: torch.dtype
                 f"{LORA} {path.name}: {key} is a second adapter on {module}. Save the two as files of their own."
             )
         else:
-            layers[module] = low_rank(path, module, parts, linears[module], scales, dtype)
+            layers[module] = adapter(path, module, parts, linears[module], scales, dtype)
     if not layers:
         example = next(iter(state), "nothing")
         raise ValueError(

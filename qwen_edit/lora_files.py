@@ -21,10 +21,10 @@ import torch
 from safetensors import safe_open
 
 from .errors import LORA
-from .linear import LowRank
+from .linear import Adapter, HighRank, LowRank
 
 # Of the term that a LoHa or LoKr becomes: at 256 it has a sixth (attention) to a tenth (MLP) of the numbers of the weights
-# themselves; beyond that patching the weight is the better way.
+# themselves; beyond that its factors are kept, and adding their product to the weight is the better way.
 MAX_RANK = 256
 PRODUCTS = ("hada_", "lokr_")
 OTHER_KINDS = (".dora_scale", ".lora_magnitude_vector", ".diff", ".diff_b", ".set_weight", ".w_norm", ".b_norm")
@@ -163,16 +163,16 @@ def _first_match(patterns: list[tuple[re.Pattern, float]], module: str, default:
     return next((value for pattern, value in patterns if pattern.match(module)), default)
 
 
-def low_rank(
+def adapter(
     path: Path, module: str, parts: Parts, shape: tuple[int, int], scales: PeftScales, dtype: torch.dtype
-) -> LowRank:
-    """One module's adapter as a term for a linear ``[out, in]`` of this shape.
+) -> Adapter:
+    """One module's adapter for a linear ``[out, in]`` of this shape; a LoHa or LoKr of more than ``MAX_RANK`` as its factors.
 
     Args:
         dtype: what products of the file's factors (LoHa, LoKr) are kept in; they are made in float32.
 
     Raises:
-        ValueError: naming the key: factors are missing or don't fit each other or the linear, the rank is too high.
+        ValueError: naming the key: factors are missing or don't fit each other or the linear.
     """
     kind = next((k for k in PRODUCTS if any(part.startswith(k) for part in parts)), None)
     make = {"hada_": _loha, "lokr_": _lokr, None: _lora}[kind]
@@ -228,13 +228,6 @@ class _Adapter:
                 " It is a LoRA of another model of the same family.",
             )
 
-    def bounded(self, rank: int) -> None:
-        if rank > MAX_RANK:
-            raise self.error(
-                self.first.key,
-                f"and its counterparts make a term of rank {rank}; this node applies up to {MAX_RANK}. {ELSEWHERE}",
-            )
-
     def alpha_over(self, rank: int | None) -> float:
         """The scale of a product: the file's alpha counts for factored matrices, else what peft's configuration says."""
         alpha = self.parts.get("alpha")
@@ -255,7 +248,7 @@ def _lora(adapter: _Adapter) -> LowRank:
     return LowRank(a, b, factor * adapter.scales.of(adapter.module, adapter.parts["A.weight"], len(a)))
 
 
-def _loha(adapter: _Adapter) -> LowRank:
+def _loha(adapter: _Adapter) -> Adapter:
     """``(W1a W1b) ∘ (W2a W2b)``: the rows of the left factors and the columns of the right ones are multiplied each with each,
     which gives ``[out, r1 r2]`` and ``[r1 r2, in]`` (the face-splitting and the Khatri-Rao product)."""
     adapter.only("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha")  # t1 and t2 belong to convolutions
@@ -263,23 +256,28 @@ def _loha(adapter: _Adapter) -> LowRank:
     for left, right in pairs:
         adapter.fits(left.shape[0], right.shape[1])
     (left1, right1), (left2, right2) = ((left.float(), right.float()) for left, right in pairs)
-    adapter.bounded(len(right1) * len(right2))
+    if len(right1) * len(right2) > MAX_RANK:
+        factors = (tensor.to(adapter.dtype) for pair in pairs for tensor in pair)
+        return HighRank(tuple(factors), adapter.alpha_over(len(right1)))
     b = (left1[:, :, None] * left2[:, None, :]).flatten(1)
     a = (right1[:, None, :] * right2[None, :, :]).flatten(0, 1)
     return LowRank(a.to(adapter.dtype), b.to(adapter.dtype), adapter.alpha_over(len(right1)))
 
 
-def _lokr(adapter: _Adapter) -> LowRank:
+def _lokr(adapter: _Adapter) -> Adapter:
     """``W1 ⊗ W2`` with ``Wi = Li Ri`` is ``(L1 ⊗ L2) (R1 ⊗ R2)``, of the product of their ranks."""
     adapter.only(
         *(f"lokr_w{i}{side}" for i in (1, 2) for side in ("", "_a", "_b")), "alpha"
     )  # t2 belongs to convolutions
     (left1, right1), (left2, right2) = (_kronecker_factor(adapter, i) for i in (1, 2))
     adapter.fits(left1.shape[0] * left2.shape[0], right1.shape[1] * right2.shape[1])
-    adapter.bounded(len(right1) * len(right2))
     # LyCORIS counts the rank of W2 if that is factored, else that of W1; matrices that are not factored take no alpha.
     counted = next((adapter.parts[f"lokr_w{i}_b"] for i in (2, 1) if f"lokr_w{i}" not in adapter.parts), None)
     scale = adapter.alpha_over(None if counted is None else len(counted.tensor))
+    if len(right1) * len(right2) > MAX_RANK:
+        return HighRank(
+            tuple((left @ right).to(adapter.dtype) for left, right in ((left1, right1), (left2, right2))), scale
+        )
     b = torch.kron(left1.contiguous(), left2.contiguous())
     a = torch.kron(right1.contiguous(), right2.contiguous())
     return LowRank(a.to(adapter.dtype), b.to(adapter.dtype), scale)

@@ -35,10 +35,9 @@ class Precision:
     def name(self) -> str:
         return self.form or str(self.dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
 
-    @property
-    def activations(self) -> torch.dtype | None:
+    def activations(self, device: torch.device) -> torch.dtype | None:
         """What activations are quantized to before our own products."""
-        return quantize.ACTIVATIONS.get((self.products if self.stored else self.form) or "")
+        return quantize.activations(self.products if self.stored else self.form, device, self.dtype)
 
 
 def resolve_precision(
@@ -72,14 +71,14 @@ def resolve_precision(
             )
         return Precision("auto", half, fast, "the fastest form of this card")
     if profile == "small":
-        problem = product_problem("w4a4", device)
+        problem = product_problem("w4a8", device)
         if problem is None:
-            return Precision("auto", half, "w4a4", "the smallest form")
+            return Precision("auto", half, "w4a8", "the smallest form")
         return Precision("auto", half, fast, f"4 bit does not run here: {problem}", fell_back=True)
     for form, what in (
         (None, "not quantized"),
         (fast, "bf16 does not fit on this card"),
-        ("w4a4", "8 bit does not fit"),
+        ("w4a8", "8 bit does not fit"),
     ):
         if form is not None and product_problem(form, device) is not None:
             continue

@@ -8,12 +8,14 @@ reads), in these forms:
 - ``w4a4``: comfy-kitchen's 4-bit weights with a rotation (ConvRot, arXiv 2512.03673), multiplied by comfy-kitchen with
   activations in 8 bits. Its 4-bit activations, which only cards with int4 units (7.5 to 8.9) multiply at all, would
   cost 6 dB.
+- ``w4a8``: 4-bit weights in IQ4_NL's codes (``layouts.py``), unpacked for each product to what the card multiplies
+  fastest: fp8, else int8, else floats.
 
 Which layers keep bf16 is decided by ``keeps_full_precision``, measured on the small trained model
 (``benchmarks/results/quantization_cpu.json``), not verified on the released weights.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -21,72 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels.reference import SMALLEST_SCALE, quantize_rows
+from .kernels.reference import quantize_rows
+from .layouts import FOUR_BIT, ROWWISE_FP8, QuantizedTensor
+from .layouts import MISSING as MISSING  # asked for with the rest
 
-try:
-    import comfy_kitchen.tensor as kitchen
-
-    MISSING = None
-    QuantizedTensor: Any = kitchen.QuantizedTensor
-    BaseLayoutParams: Any = kitchen.BaseLayoutParams
-    QuantizedLayout: Any = kitchen.QuantizedLayout
-except ImportError as e:
-    MISSING = f"the package comfy-kitchen is not installed ({e})"
-    QuantizedTensor = type("QuantizedTensor", (), {})  # so that isinstance answers no
-    BaseLayoutParams = QuantizedLayout = object
-
-
-FORMATS = ("fp8", "int8", "w4a4")
-ROWWISE_FP8 = "QwenEditRowwiseFP8Layout"
+FORMATS = ("fp8", "int8", "w4a4", "w4a8")
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
-ACTIVATIONS = {"fp8": FP8, "int8": INT8}  # what activations become before our own products
 FP8_LAYOUTS = (ROWWISE_FP8, "TensorCoreFP8Layout", "TensorCoreFP8E4M3Layout")
-LARGEST_WEIGHT = 56.0  # of our fp8; 2**-6, below which e4m3 loses digits, is a 3584th of it
 INT8_LAYOUT = "TensorWiseINT8Layout"
 W4A4_LAYOUT = "TensorCoreConvRotW4A4Layout"
 ROTATIONS = (256, 64)  # sizes that comfy-kitchen's kernels know; it also has 16, but scales groups of 64
 LEAST_INT_MM_ROWS = 17  # of torch._int_mm on CUDA
 
 
-class RowwiseFP8Layout(QuantizedLayout):
-    """float8_e4m3fn with one float32 scale ``[N, 1]`` for each row.
-
-    A row's largest number becomes ``LARGEST_WEIGHT``, not fp8's 448: floating-point numbers are as precise there, and the
-    B of LoRAs, which share the scale, may be larger (see ``extra_channels.py``).
-    """
-
-    MIN_SM_VERSION = (8, 9)
-
-    @dataclass(frozen=True)
-    class Params(BaseLayoutParams):
-        pass
-
-    @classmethod
-    def quantize(cls, tensor, **_):
-        largest = tensor.abs().amax(dim=1, keepdim=True).float()
-        scale = largest.clamp(min=SMALLEST_SCALE) / LARGEST_WEIGHT
-        params = cls.Params(scale=scale, orig_dtype=tensor.dtype, orig_shape=tuple(tensor.shape))
-        return (tensor.float() / scale).to(FP8), params
-
-    @classmethod
-    def dequantize(cls, qdata, params):
-        return (qdata.float() * params.scale).to(params.orig_dtype)
-
-    @classmethod
-    def get_plain_tensors(cls, qtensor):
-        return qtensor._qdata, qtensor._params.scale
-
-    @classmethod
-    def state_dict_tensors(cls, qdata, params):
-        return {"": qdata, "_scale": params.scale}
-
-
-if MISSING is None:
-    kitchen.register_layout_class(ROWWISE_FP8, RowwiseFP8Layout)
-
-
 # What a weight takes in each form (None: bf16), as a share of its bf16 size.
-SHARE = {None: 1.0, "fp8": 0.5, "int8": 0.5, "w4a4": 0.26}
+SHARE = {None: 1.0, "fp8": 0.5, "int8": 0.5, "w4a4": 0.26, "w4a8": 4.5 / 16}
 
 
 class StaysInRam(nn.Linear):
@@ -142,6 +93,8 @@ def quantize_weight(weight: torch.Tensor, form: str) -> torch.Tensor:
         return QuantizedTensor.from_float(weight, ROWWISE_FP8)
     if form == "int8":
         return QuantizedTensor.from_float(weight, INT8_LAYOUT, per_channel=True)
+    if form == "w4a8":
+        return QuantizedTensor.from_float(weight, FOUR_BIT)
     rotation = next(size for size in ROTATIONS if weight.shape[1] % size == 0)
     return QuantizedTensor.from_float(weight, W4A4_LAYOUT, convrot_groupsize=rotation, linear_dtype="int8")
 
@@ -175,8 +128,9 @@ def prepare(model: nn.Module, form: str | None) -> None:
     for name, module in list(model.named_modules()):
         if not isinstance(module, nn.Linear):
             continue
-        # the products need channel counts of multiples of 16, comfy-kitchen's 4-bit groups 64
-        sizes_fit = module.in_features % (64 if form == "w4a4" else 16) == module.out_features % 16 == 0
+        # the products need channel counts of multiples of 16, groups with a scale of their own more
+        group = {"w4a4": 64, "w4a8": 32}.get(form or "", 16)
+        sizes_fit = module.in_features % group == module.out_features % 16 == 0
         if is_modulation(name):
             linear = StaysInRam(module.in_features, module.out_features, device="meta", dtype=module.weight.dtype)
         elif form in FORMATS and sizes_fit and not keeps_full_precision(name):
@@ -276,6 +230,16 @@ def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
         runs = capability >= (8, 9) and dtype in (torch.bfloat16, torch.float16) and fp8_problem(device) is None
         return _scaled_mm if runs else None
     return _int8_product(device, dtype) if capability >= (7, 5) else None
+
+
+def unpacked_form(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """To what ``w4a8`` weights are unpacked for products in ``dtype`` on this device; None: to floats."""
+    return next((form for form in (FP8, INT8) if multiplies(device, form, dtype)), None)
+
+
+def activations(form: str | None, device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
+    """What activations in ``dtype`` are quantized to before our own products with weights of a form."""
+    return unpacked_form(device, dtype) if form == "w4a8" else {"fp8": FP8, "int8": INT8}.get(form or "")
 
 
 def multiplies(device: torch.device, form: torch.dtype, dtype: torch.dtype) -> bool:

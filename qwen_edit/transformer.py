@@ -42,6 +42,7 @@ from .linear import (
 )
 from .modulation import ModulationCache, ModulationTable, compute_table
 from .rope import Grid, Positions, rope_table
+from .streaming import BlockStream
 
 __all__ = ["Forward", "LowRank", "QwenEditTransformer", "denoise"]
 
@@ -279,7 +280,8 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     Weights, names and configuration are diffusers'. ``attention`` and ``kernels`` may be set; by default they are
     resolved from the device on the first call. Setting ``modulation`` to a ``ModulationCache`` keeps the modulation of
     timesteps seen before; the weights must then stay as they are. ``adapters`` are the active LoRAs; with ``channels``
-    they cost less, and the weights' memory becomes larger by their size.
+    they cost less, and the weights' memory becomes larger by their size. ``stream`` brings the blocks that are to stay in
+    RAM; adapters are then added to the results.
     """
 
     attention: KernelChoice | None = None
@@ -287,6 +289,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     modulation: ModulationCache | None = None
     adapters: Adapters = NO_ADAPTERS
     channels: ExtraChannels | None = None
+    stream: BlockStream | None = None
 
     def forward(
         self,
@@ -317,16 +320,25 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             self.attention = resolve("auto", device, dtype, self.config.attention_head_dim)
         if self.kernels is None:
             self.kernels = resolve_kernels(device, dtype)
-        sample = denoise(
-            self,
-            hidden_states,
-            timestep.to(dtype),  # as diffusers rounds it
-            encoder_hidden_states,
-            tuple((rows, columns) for _, rows, columns in img_shapes[0]),
-            Forward(self.attention.attend, self.kernels, adapters=self.adapters, channels=self.channels),
-            axes_dims=tuple(self.config.axes_dims_rope),
-            zero_cond_t=self.config.zero_cond_t,
-            text_mask=encoder_hidden_states_mask,
-            modulation=self.modulation,
+        stream = self.stream or BlockStream(self.transformer_blocks)
+        forward = Forward(
+            self.attention.attend,
+            self.kernels,
+            adapters=self.adapters,
+            channels=None if stream.streamed else self.channels,
+            before_block=stream.before_block,
         )
+        with stream:
+            sample = denoise(
+                self,
+                hidden_states,
+                timestep.to(dtype),  # as diffusers rounds it
+                encoder_hidden_states,
+                tuple((rows, columns) for _, rows, columns in img_shapes[0]),
+                forward,
+                axes_dims=tuple(self.config.axes_dims_rope),
+                zero_cond_t=self.config.zero_cond_t,
+                text_mask=encoder_hidden_states_mask,
+                modulation=self.modulation,
+            )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

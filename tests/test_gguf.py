@@ -185,9 +185,8 @@ def test_queries_keys_and_values_are_one_product(packed):
 
 def test_streamed_blocks(packed):
     expected = run(packed)
-    stream = BlockStream(packed.transformer_blocks, CPU)
-    with stream:
-        stream.before(0)
+    packed.stream = BlockStream(packed.transformer_blocks)
+    packed.stream.choose((0, 1), CPU)
     assert torch.equal(run(packed), expected)
 
 

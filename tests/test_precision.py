@@ -47,7 +47,7 @@ def test_fp8_that_this_torch_refuses_falls_back_to_int8_with_the_reason(resolved
     ("gib", "form", "why"),
     [
         (8, "8 bit", "no form fits on this card as a whole"),
-        (12, "w4a4", "8 bit does not fit"),
+        (12, "w4a8", "8 bit does not fit"),
         (16, "8 bit", "bf16 does not fit on this card"),
         (24, "8 bit", "bf16 does not fit on this card"),
         (32, None, "not quantized"),
@@ -69,7 +69,7 @@ def test_the_other_profiles_do_not_look_at_the_memory(resolved, card, gib):
     assert resolved(card, profile="quality", gib=gib) == Precision("auto", half, None, "not quantized")
     fast = Precision("auto", half, EIGHT_BIT[card], "the fastest form of this card")
     assert resolved(card, profile="fast", gib=gib) == fast
-    assert resolved(card, profile="small", gib=gib) == Precision("auto", half, "w4a4", "the smallest form")
+    assert resolved(card, profile="small", gib=gib) == Precision("auto", half, "w4a8", "the smallest form")
 
 
 @pytest.mark.parametrize("profile", PROFILES)
@@ -80,7 +80,7 @@ def test_what_is_asked_for_runs(resolved, card, profile):
         assert resolved(card, name, profile, gib=8) == Precision(name, dtype, None, "as asked")
     for form in FORMATS:
         precision = resolved(card, form, profile, gib=80)
-        if card == "Pascal" or (form == "fp8" and EIGHT_BIT[card] != "fp8"):
+        if (card == "Pascal" and form != "w4a8") or (form == "fp8" and EIGHT_BIT[card] != "fp8"):
             assert precision.fell_back
         else:
             assert precision == Precision(form, half, form, "as asked")
@@ -100,24 +100,30 @@ def test_a_form_that_the_card_lacks_falls_back_with_the_reason(resolved, card, f
     assert resolved(card, form) == Precision(form, CARDS[card][1], runs, why, fell_back=True)
 
 
+PASCAL = "it needs compute capability 7.5, this card has 6.1"
+MISSING = "the package comfy-kitchen is not installed (No module)"
+
+
 @pytest.mark.parametrize(
-    ("profile", "gib", "why"),
+    ("profile", "gib", "missing", "form", "why"),
     [
-        ("fast", 24, "no 8-bit form runs here: {}"),
-        ("small", 24, "4 bit does not run here: {}"),
-        ("auto", 24, "bf16 does not fit on this card, and no 8-bit form runs here: {}"),
-        ("auto", 80, None),
-        ("quality", 24, None),
+        ("fast", 24, None, None, f"no 8-bit form runs here: {PASCAL}"),
+        ("fast", 24, MISSING, None, f"no 8-bit form runs here: {MISSING}"),
+        ("small", 24, None, "w4a8", "the smallest form"),  # its products are then of floats
+        ("small", 24, MISSING, None, f"4 bit does not run here: {MISSING}"),
+        ("auto", 24, None, "w4a8", "8 bit does not fit"),
+        ("auto", 8, None, None, f"bf16 does not fit on this card, and no 8-bit form runs here: {PASCAL}"),
+        ("auto", 24, MISSING, None, f"bf16 does not fit on this card, and no 8-bit form runs here: {MISSING}"),
+        ("auto", 80, None, None, None),
+        ("quality", 24, MISSING, None, None),
     ],
 )
-@pytest.mark.parametrize("missing", [None, "the package comfy-kitchen is not installed (No module)"])
-def test_without_any_form_the_model_runs_unquantized_and_says_why(resolved, monkeypatch, profile, gib, why, missing):
+def test_without_an_8_bit_form(resolved, monkeypatch, profile, gib, missing, form, why):
     monkeypatch.setattr(quantize, "MISSING", missing)
     card = "Pascal" if missing is None else "Ada"
-    reason = missing or "it needs compute capability 7.5, this card has 6.1"
-    expected = "not quantized" if why is None else why.format(reason)
-    precision = resolved(card, profile=profile, gib=gib)
-    assert precision == Precision("auto", CARDS[card][1], None, expected, fell_back=why is not None)
+    fell_back = why is not None and form is None
+    expected = Precision("auto", CARDS[card][1], form, why or "not quantized", fell_back=fell_back)
+    assert resolved(card, profile=profile, gib=gib) == expected
 
 
 @pytest.mark.parametrize("form", FORMATS)
@@ -143,7 +149,13 @@ def test_other_devices_have_no_product(resolved):
 def test_names_and_activations(resolved):
     named = {p: resolved("Ada", p) for p in PRECISIONS if p != "auto"}
     assert {p: precision.name for p, precision in named.items()} == {p: p for p in named}
-    assert {p: precision.activations for p, precision in named.items() if precision.activations is not None} == {
-        "fp8": torch.float8_e4m3fn,
-        "int8": torch.int8,
-    }
+    of = {p: dtype for p, precision in named.items() if (dtype := precision.activations(CUDA)) is not None}
+    assert of == {"fp8": quantize.FP8, "int8": quantize.INT8, "w4a8": quantize.FP8}
+
+
+@pytest.mark.parametrize(("card", "form"), [("Pascal", None), ("Turing", quantize.INT8), ("Hopper", quantize.FP8)])
+def test_4_bit_weights_become_what_the_card_multiplies(resolved, monkeypatch, card, form):
+    quantize._product.cache_clear()
+    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype: quantize._int_mm)
+    assert resolved(card, "w4a8").activations(CUDA) == form
+    quantize._product.cache_clear()

@@ -23,7 +23,7 @@ from training.pipeline import load_reference_pipeline, reference_area
 FOLDER = Path(__file__).parents[1] / "demo_model"
 SIDE = 128
 CASES = [("chelsea", "grey"), ("astronaut", "posterize")]
-LEAST_DB = {"int8": 35, "fp8": 30, "w4a4": 24}
+LEAST_DB = {"int8": 35, "fp8": 30, "w4a4": 24, "w4a8": 28}
 
 
 def transformer(form: str | None) -> QwenEditTransformer:

@@ -41,7 +41,7 @@ BLOCK_LINEARS = [
 ]
 MODULATION = ["img_mod.1", "txt_mod.1"]
 # Relative errors of normally distributed weights; the least is what the bits of a form can't beat.
-ERRORS = {"fp8": (0.02, 0.03), "int8": (0.005, 0.009), "w4a4": (0.08, 0.14)}
+ERRORS = {"fp8": (0.02, 0.03), "int8": (0.005, 0.009), "w4a4": (0.08, 0.14), "w4a8": (0.06, 0.085)}
 
 
 def randn(*shape, dtype=FP32, seed=0) -> torch.Tensor:
@@ -82,10 +82,10 @@ def test_what_quantizing_costs(form, dtype, depth):
     errors = [error(a, b) for a, b in zip(back, weight, strict=True)]
     assert least < sum(errors) / len(errors) < most
     assert max(errors) < 2 * most
-    assert quantized.nbytes == weight.numel() * (0.5 if form == "w4a4" else 1)
+    assert quantized.nbytes == weight.numel() * {"w4a4": 0.5, "w4a8": 4.5 / 8}.get(form, 1)
 
 
-@pytest.mark.parametrize("form", ["fp8", "int8"])
+@pytest.mark.parametrize("form", ["fp8", "int8", "w4a8"])
 def test_zero_channels_stay_zero(form):
     weight = randn(8, 64)
     weight[3] = 0
@@ -237,7 +237,8 @@ def velocity(model) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("form", "least", "most"), [(None, 0, 0), ("fp8", 0.01, 0.04), ("int8", 0.003, 0.015), ("w4a4", 0.05, 0.2)]
+    ("form", "least", "most"),
+    [(None, 0, 0), ("fp8", 0.01, 0.04), ("int8", 0.003, 0.015), ("w4a4", 0.05, 0.2), ("w4a8", 0.03, 0.15)],
 )
 @torch.inference_mode()
 def test_a_model_read_in_a_form_computes_nearly_the_same(source, form, least, most):
@@ -267,6 +268,7 @@ def test_stored_bytes_are_those_of_the_blocks_that_were_asked_for():
     assert sizes[None] == 2 * (sum(p.numel() for p in meta_model().parameters()) - modulation)
     assert sizes["fp8"] == sizes["int8"] == sizes[None] - weights
     assert math.isclose(sizes[None] - sizes["w4a4"], 2 * weights * 0.74, rel_tol=1e-4)
+    assert math.isclose(sizes[None] - sizes["w4a8"], 2 * weights * (1 - 4.5 / 16), rel_tol=1e-4)
 
 
 # Editing

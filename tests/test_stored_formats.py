@@ -251,7 +251,7 @@ def test_a_quantized_file_runs_as_stored(keep, card, family, products, fell_back
     precision = keep(card, **{family: 3})
     assert (precision.form, precision.stored, precision.products) == (family, True, products)
     assert (precision.fell_back, bool(precision.why)) == (fell_back, fell_back)
-    assert precision.activations == quantize.ACTIVATIONS.get(products or "")
+    assert precision.activations(torch.device("cuda")) == {"fp8": quantize.FP8, "int8": quantize.INT8}.get(products)
 
 
 def test_one_form_of_rows_for_a_mixed_file(keep):

@@ -27,13 +27,13 @@ from ...qwen_edit.packed import PACKED
 from ...qwen_edit.precision import (
     PRECISIONS,
     PROFILES,
-    ROOM_FOR_ACTIVATIONS,
     Precision,
     keep_stored_form,
     resolve_precision,
 )
 from ...qwen_edit.quantize import stored_bytes
 from ...qwen_edit.stored_weights import families
+from ...qwen_edit.streaming import streamed_blocks
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .doctor import keep_facts
@@ -42,6 +42,7 @@ from .memory import Owner, ShellPatcher
 from .model import make_model
 from .prompts import ask_for_bfloat16
 from .request import OFFLOAD, VERSIONS, LoadRequest
+from .transformer_patcher import Sizes
 from .vae import load_single_vae, load_vae, statistics, vae_facts
 
 # Where files that hold everything have the parts besides the transformer (comfy/supported_models.py QwenImage).
@@ -138,14 +139,11 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     precision = _precision(request, source, device)
     head_dim = int(source.config.get("attention_head_dim", 128))
     attention = resolve(request.attention, device, precision.dtype, head_dim, folders.tuned_attention())
-    kernels = resolve_kernels(device, precision.dtype, precision.activations)
+    kernels = resolve_kernels(device, precision.dtype, precision.activations(device))
     # The model first, because it takes no memory yet and tells whether the files fit.
     latents = statistics(vae_path) if vae_path.is_dir() else None
-    keep_on_card = request.offload == "none"
-    model = make_model(source, precision, latents, attention, kernels, keep_on_card=keep_on_card)
-    too_large = request.offload == "auto" and _too_large(model, device)
-    if too_large or request.offload == "stream":
-        model = make_model(source, precision, latents, attention, kernels, stream=True)
+    offload = {"stream": request.offload == "stream", "keep_on_card": request.offload == "none"}
+    model = make_model(source, precision, latents, attention, kernels, **offload)
     clip = None if encoder is None else _clip(request, encoder)
     vae = load_vae(vae_path) if vae_path.is_dir() else _single_vae(request, vae_path)
     facts = model_facts(source, precision, attention, kernels)
@@ -155,11 +153,7 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     notes = _notes(source, precision, attention, kernels, model)
     if clip is not None and encoder is not None and not encoder.is_dir() and ask_for_bfloat16(clip):
         notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
-    if too_large:
-        notes.append(
-            f"Warning: the transformer does not fit into the {_gib(comfy.model_management.get_total_memory(device))} of this"
-            " card, so its blocks are streamed from RAM one by one. That is slow."
-        )
+    notes += _streaming_notes(request, model, device)
     return Loaded(model, clip, vae, tuple(notes), findings)
 
 
@@ -169,16 +163,29 @@ def _replaces_own_statistics(source: TransformerSource, vae: Path) -> bool:
     return is_edit_folder(folder) and folder != vae and statistics(folder) is not None
 
 
-def _too_large(model: ShellPatcher, device: torch.device) -> bool:
-    if comfy.model_management.is_device_cpu(device):
-        return False
-    needed = weights_size(model) + ROOM_FOR_ACTIVATIONS
-    return needed > comfy.model_management.get_total_memory(device)
+def _streaming_notes(request: LoadRequest, model: ShellPatcher, device: torch.device) -> list[str]:
+    """What can be said before it is loaded: what is free then decides, and the node that samples says what that was."""
+    if request.offload == "none" or comfy.model_management.is_device_cpu(device):
+        return []
+    sizes: Sizes = model.model.sizes
+    memory = comfy.model_management.get_total_memory(device)
+    at_most = memory - comfy.model_management.minimum_inference_memory()
+    streamed = tuple(range(len(sizes.blocks)))
+    if request.offload == "auto":
+        streamed = streamed_blocks(sizes.blocks, at_most - sizes.others)
+    if not streamed:
+        return []
+    copied = sum(sizes.blocks[index] for index in streamed)
+    least = "" if request.offload == "stream" else "at least "
+    return [
+        f"{_gib(weights_size(model))} of weights on a card of {_gib(memory)}: {least}{len(streamed)} of {len(sizes.blocks)}"
+        f" blocks are streamed from RAM, {_gib(copied)} in each forward."
+    ]
 
 
 def weights_size(model: ShellPatcher) -> int:
-    """Bytes of all weights, wherever they are, but for the modulation; a streaming patcher's own model_size counts what
-    the card sees."""
+    """Bytes of all weights, wherever they are, but for the modulation; with offload "stream", model_size counts what the card
+    sees."""
     return stored_bytes(model.model.diffusion_model)
 
 

@@ -4,6 +4,7 @@ A MODEL says which LoRAs it wants in ``transformer_options``; nothing is set on 
 branches of one graph with different LoRAs do not disturb each other.
 """
 
+import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -15,14 +16,27 @@ import comfy.model_management
 import torch
 
 from ...qwen_edit.checkpoints import fingerprint
-from ...qwen_edit.linear import NO_ADAPTERS, Adapters, LowRank
+from ...qwen_edit.linear import NO_ADAPTERS, Adapter, Adapters, HighRank, LowRank
 from ...qwen_edit.lora import read_lora
 from ...qwen_edit.quantize import is_modulation
 from .memory import Owner, ShellPatcher
 
 LORAS = "qwen_edit_loras"  # key in transformer_options and among the patcher's additional models
 
-POOL: Owner[ShellPatcher] = Owner(lambda patcher: [patcher])
+SHARE_OF_CARD = 0.25
+SHARE_OF_RAM = 0.125  # where they wait while the card is wanted for something else
+
+
+def budget() -> float:
+    """What resident LoRAs may take together, in bytes."""
+    manager = comfy.model_management
+    return min(
+        manager.total_ram * 2**20 * SHARE_OF_RAM,
+        manager.get_total_memory(manager.get_torch_device()) * SHARE_OF_CARD,
+    )
+
+
+POOL: Owner[ShellPatcher] = Owner(lambda patcher: [patcher], budget)
 
 
 class _Weights(torch.nn.ParameterDict):
@@ -48,7 +62,9 @@ class ResidentLora(torch.nn.Module):
         self.device: torch.device | None = None
         self.weights = _Weights()
         self.scales: dict[str, float] = {}
-        self._answer: tuple[weakref.ref, float, list[tuple[torch.nn.Module, LowRank]]] | None = None
+        self.rank = 0  # the highest of those that are beside the weights
+        self.high_rank: dict[str, int] = {}  # the number of factors of the others
+        self._answer: tuple[weakref.ref, float, list[tuple[torch.nn.Module, Adapter]]] | None = None
         self.fill(torch.device("cpu"))
 
     @property
@@ -56,28 +72,43 @@ class ResidentLora(torch.nn.Module):
         return len(self.weights) == 0
 
     def fill(self, device: torch.device) -> None:
+        logging.info("Qwen Edit Fast: reading the LoRA %s", self.path.name)
         file = read_lora(self.path, self.model_config, self.dtype)
         self.skipped, self.scales = file.skipped, {}
+        self.rank, self.high_rank = 0, {}
         for name, layer in file.layers.items():
             key = name.replace(".", "/")  # ParameterDict takes no dots
-            for part, tensor in (("a", layer.a), ("b", layer.b)):
+            factors = layer.factors if isinstance(layer, HighRank) else (layer.a, layer.b)
+            for part, tensor in enumerate(factors):
                 moved = tensor.to(device, self.dtype)
                 self.weights[f"{key}/{part}"] = torch.nn.Parameter(moved, requires_grad=False)
             self.scales[name] = layer.scale
+            if isinstance(layer, HighRank):
+                self.high_rank[name] = len(factors)
+            else:
+                self.rank = max(self.rank, len(layer.a))
 
     def empty(self) -> None:
         self.weights = _Weights()
         self._answer = None
 
-    def addends(self, transformer: torch.nn.Module, strength: float) -> list[tuple[torch.nn.Module, LowRank]]:
+    def adapters(self, strength: float) -> list[tuple[str, Adapter]]:
+        """What each layer of the file adds, by the linear's name."""
+        weights: Any = self.weights._parameters  # a dict: ParameterDict's own lookup takes ten times as long
+        layers: list[tuple[str, Adapter]] = []
+        for name, scale in self.scales.items():
+            key = name.replace(".", "/")
+            parts = [weights[f"{key}/{part}"] for part in range(self.high_rank.get(name, 2))]
+            if name in self.high_rank:
+                layers.append((name, HighRank(tuple(parts), scale * strength)))
+            else:
+                layers.append((name, LowRank(*parts, scale * strength, self.weights.derived[key])))
+        return layers
+
+    def addends(self, transformer: torch.nn.Module, strength: float) -> list[tuple[torch.nn.Module, Adapter]]:
         """What each linear of ``transformer`` gets; asked for every forward, so the last answer is kept."""
         if self._answer is None or self._answer[0]() is not transformer or self._answer[1] != strength:
-            weights: Any = self.weights._parameters  # a dict: ParameterDict's own lookup takes ten times as long
-            layers, derived = [], self.weights.derived
-            for name, scale in self.scales.items():
-                key = name.replace(".", "/")
-                parts = weights[f"{key}/a"], weights[f"{key}/b"]
-                layers.append((transformer.get_submodule(name), LowRank(*parts, scale * strength, derived[key])))
+            layers = [(transformer.get_submodule(name), adapter) for name, adapter in self.adapters(strength)]
             self._answer = weakref.ref(transformer), strength, layers
         return self._answer[2]
 
@@ -91,10 +122,11 @@ class LoraPatcher(ShellPatcher):
 
 @dataclass(frozen=True)
 class ActiveLora:
-    """A LoRA and how strongly a MODEL wants it."""
+    """A LoRA, how strongly a MODEL wants it, and where: one of ``LORA_MODES``."""
 
     lora: ResidentLora
     strength: float
+    mode: str = "resident"
 
 
 @dataclass(frozen=True)
@@ -102,6 +134,9 @@ class LoraStack:
     """What one MODEL has switched on, in order."""
 
     active: tuple[ActiveLora, ...] = ()
+
+
+NOTHING = LoraStack()
 
 
 @dataclass(frozen=True)
@@ -112,36 +147,13 @@ class LoraTarget:
     dtype: torch.dtype
 
 
-def switch(model, target: LoraTarget, wanted: Sequence[tuple[Path, float]]):
-    """A clone of ``model`` with these LoRAs added to those it has already.
-
-    Args:
-        wanted: files and strengths; strength 0 leaves a LoRA resident but out of the forward.
-
-    Returns:
-        The clone, and a line for each LoRA: resident or read now, its size, what was skipped.
+def resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
+    """The one patcher of a file, and whether it was in the pool. One of an older file behind the same name leaves it.
 
     Raises:
-        ValueError: a file is no LoRA of this model (see ``read_lora``).
+        ValueError: the file is no LoRA of this model (see ``read_lora``).
     """
-    clone = model.clone()
-    options = clone.model_options["transformer_options"]
-    stack: LoraStack = options.get(LORAS, LoraStack())
-    patchers = list(clone.get_additional_models_with_key(LORAS))
-    lines = []
-    for path, strength in wanted:
-        patcher, was_resident = _resident(path, target)
-        lora: ResidentLora = patcher.model
-        if strength != 0:
-            stack = LoraStack((*stack.active, ActiveLora(lora, strength)))
-            patchers.append(patcher.clone())
-        lines.append(_line(lora, strength, was_resident, patcher.model_size()))
-    options[LORAS] = stack
-    clone.set_additional_models(LORAS, patchers)
-    return clone, lines
 
-
-def _resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
     def make() -> ShellPatcher:
         return LoraPatcher(
             ResidentLora(path, target.config, target.dtype),
@@ -150,29 +162,30 @@ def _resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
         )
 
     config = tuple(sorted((k, str(v)) for k, v in target.config.items()))
+    POOL.forget(lambda patcher: patcher.model.path == path and patcher.model.fingerprint != fingerprint([path]))
     return POOL.get((fingerprint([path]), target.dtype, config), make, lambda patcher: patcher.model_size())
 
 
 def residents() -> list[tuple[str, int]]:
     """Name and bytes of each resident LoRA; for ``canvas.py``, from the server's thread."""
-    return [(patcher.model.path.stem, size) for patcher, size in POOL.sizes() if not patcher.model.is_empty]
+    return [(p.model.path.stem, p.model_size()) for p in POOL.things() if not p.model.is_empty]
 
 
-def _line(lora: ResidentLora, strength: float, was_resident: bool, size: int) -> str:
-    state = "resident" if was_resident else "read from disk"
-    line = f"{lora.path.stem}: strength {strength:g}, {len(lora.scales)} layers, {size / 2**20:.1f} MiB, {state}"
-    if lora.skipped:
-        line += f". Warning: {len(lora.skipped)} modules of the file are not applied (first: {lora.skipped[0]})"
-    return line
+def pool_line() -> str:
+    """How full the pool is."""
+    size = sum(patcher.model_size() for patcher in POOL.things())
+    return f"{len(POOL.things())} resident: {size / 2**30:.2f} of {budget() / 2**30:.1f} GiB"
 
 
 def active_adapters(transformer, transformer_options: Mapping) -> Adapters:
     """The addends of this MODEL's LoRAs, by linear; called once for each forward."""
-    stack: LoraStack | None = transformer_options.get(LORAS)
-    if stack is None or not stack.active:
-        return NO_ADAPTERS
-    adapters: dict[torch.nn.Module, list[LowRank]] = {}
-    for item in stack.active:
+    stack: LoraStack = transformer_options.get(LORAS, NOTHING)
+    return adapters_of(transformer, stack.active) if stack.active else NO_ADAPTERS
+
+
+def adapters_of(transformer, items: Sequence[ActiveLora]) -> dict[torch.nn.Module, list[Adapter]]:
+    adapters: dict[torch.nn.Module, list[Adapter]] = {}
+    for item in items:
         for linear, addend in item.lora.addends(transformer, item.strength):
             adapters.setdefault(linear, []).append(addend)
     return adapters
@@ -180,7 +193,7 @@ def active_adapters(transformer, transformer_options: Mapping) -> Adapters:
 
 def modulation_key(transformer_options: Mapping) -> tuple:
     """Names the LoRAs that change the modulation of this MODEL, and how strongly."""
-    stack: LoraStack = transformer_options.get(LORAS, LoraStack())
+    stack: LoraStack = transformer_options.get(LORAS, NOTHING)
     return tuple(
         (item.lora.fingerprint, item.strength)
         for item in stack.active

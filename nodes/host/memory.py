@@ -118,12 +118,14 @@ class Owner(Generic[T]):
     prompt would cost a reload from disk.
     """
 
-    def __init__(self, shells: Callable[[T], Iterable[ShellPatcher]]) -> None:
+    def __init__(self, shells: Callable[[T], Iterable[ShellPatcher]], bound: Callable[[], float] | None = None) -> None:
         """
         Args:
             shells: the patchers of a kept thing whose weights can be dropped.
+            bound: in bytes; None: a share of RAM.
         """
         self._shells = shells
+        self._bound = bound or (lambda: comfy.model_management.total_ram * 1024 * 1024 * SHARE_OF_RAM)
         self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self._idle: list[T] = []
         OWNERS.append(self)
@@ -138,19 +140,25 @@ class Owner(Generic[T]):
             thing = make()
             self._kept[key] = (thing, size(thing))
         self._kept.move_to_end(key)
-        bound = comfy.model_management.total_ram * 1024 * 1024 * SHARE_OF_RAM
-        while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > bound:
-            _, (dropped, _) = self._kept.popitem(last=False)
+        while len(self._kept) > 1 and sum(s for _, s in self._kept.values()) > self._bound():
             logging.info("Qwen Edit Fast: more models than memory; forgetting the one used longest ago.")
-            for shell in self._shells(dropped):  # its room is wanted now; a graph that still holds it reads it again
-                if not shell.model.is_empty:
-                    shell.release()
-            self._idle.append(dropped)
+            self._drop(next(iter(self._kept)))
         return thing, found
 
-    def sizes(self) -> list[tuple[T, int]]:
-        """What is kept now, and its bytes. Any thread may ask."""
-        return list(self._kept.values())
+    def forget(self, which: Callable[[T], bool]) -> None:
+        """Drop some things."""
+        for key in [key for key, (thing, _) in self._kept.items() if which(thing)]:
+            self._drop(key)
+
+    def things(self) -> list[T]:
+        return [thing for thing, _ in list(self._kept.values())]  # any thread may ask
+
+    def _drop(self, key: Hashable) -> None:
+        dropped, _ = self._kept.pop(key)
+        for shell in self._shells(dropped):  # its room is wanted now; a graph that still holds it reads it again
+            if not shell.model.is_empty:
+                shell.release()
+        self._idle.append(dropped)
 
     def forget_all(self) -> None:
         """Drop all weights, also those that wait in RAM, and let go of everything a moment later: this is called by

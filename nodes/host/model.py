@@ -17,20 +17,22 @@ from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.extra_channels import ExtraChannels
+from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.packed import keep_packed, unpatch
 from ...qwen_edit.precision import Precision
-from ...qwen_edit.quantize import drop_weights, prepare
+from ...qwen_edit.quantize import drop_weights, prepare, stored_bytes
 from ...qwen_edit.rope import Positions
 from ...qwen_edit.stored_weights import keep_stored
 from ...qwen_edit.streaming import BlockStream
 from ...qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 from . import notes
-from .lora import active_adapters, modulation_key
+from .fused import PinnedMemory, SecondCopy, SecondCopyPatcher, adapters_for
+from .lora import modulation_key
 from .memory import ShellPatcher
-from .pinning import BackgroundPins
-from .transformer_patcher import StreamingPatcher, TransformerPatcher
+from .pinning import BackgroundPins, PinnedBlocks
+from .transformer_patcher import Offload, Sizes, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
 STEPS = "qwen_edit_steps"  # key in transformer_options: our sampler's KnownSteps
@@ -56,10 +58,19 @@ class HostTransformer(QwenEditTransformer):
     modulation: ModulationCache
     weights_version: object = None  # changes with the patches in the weights
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
-    streamed = False  # whether the blocks stay in RAM between their turns
+    stream: BlockStream  # of the blocks that stay in RAM between their turns
+    fused: FusedLoras
+    host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
+    nbytes: int  # on the card
+
+    @property
+    def streamed(self) -> bool:
+        """Whether blocks stay in RAM between their turns."""
+        return bool(self.stream.streamed)
 
     def forget(self) -> None:
         """Let go of what was made of the weights: they leave the card, or are dropped."""
+        self.fused.drop()
         self.modulation.clear()
         if self.channels is not None:
             self.channels.clear()
@@ -132,14 +143,14 @@ class HostTransformer(QwenEditTransformer):
                 " encoder of another model."
             )
         method = ref_latents_method
-        with BlockStream(self.transformer_blocks, x.device) as stream:
+        with self.stream as stream:
             forward = Forward(
                 self.attention.attend,
                 self.kernels,
-                adapters=active_adapters(self, transformer_options),
-                channels=self.channels,
+                adapters=adapters_for(self, x, transformer_options),
+                channels=None if stream.streamed else self.channels,  # in buffers there is no room behind the weights
                 positions=transformer_options.get(POSITIONS, "comfyui"),
-                before_block=stream.before if self.streamed else None,
+                before_block=stream.before_block,
             )
             return run_forward(
                 self,
@@ -256,6 +267,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
     """ComfyUI's Qwen-Image around our transformer; a shell (see ``memory.py``)."""
 
     diffusion_model: HostTransformer
+    second_copy: SecondCopyPatcher  # of the weights, while LoRAs are in them
 
     def __init__(
         self,
@@ -264,7 +276,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         latent_format,
         attention: KernelChoice,
         kernels: FusedKernels,
-        stream: bool,
+        offload: Offload,
     ):
         config = comfy.supported_models.QwenImage(
             {"image_model": "qwen_image", "disable_unet_model_creation": True, "dtype": precision.dtype}
@@ -294,7 +306,12 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.kernels = kernels
         self.diffusion_model.precision = precision
         self.diffusion_model.modulation = ModulationCache()
-        self.diffusion_model.streamed = stream
+        self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
+        self.offload: Offload = offload
+        self.sizes = Sizes.of(self.diffusion_model)
+        self.diffusion_model.fused = FusedLoras(self.diffusion_model)
+        self.diffusion_model.host_memory = PinnedMemory()
+        self.diffusion_model.nbytes = stored_bytes(self.diffusion_model)
 
     @property
     def is_empty(self) -> bool:
@@ -302,6 +319,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
 
     def fill(self, device: torch.device) -> None:
         logging.info("Qwen Edit Fast: reading the transformer of %s", self.source.label)
+        stream = self.diffusion_model.stream
         bar = comfy.utils.ProgressBar(100)
         try:
             fill(
@@ -311,9 +329,10 @@ class QwenEditModel(comfy.model_base.QwenImage):
                 device,
                 lambda done, total: bar.update_absolute(round(100 * done / total)),
                 self._pins.add if device.type != "cpu" else None,  # there they are the file's own pages
+                lambda index: stream.lay(index) if index in stream.streamed else None,
             )
-        except BaseException:  # cancelled too: the next load pins its own
-            self._pins.release()
+        except BaseException:  # cancelled too: the next load reads all of them
+            self.empty()
             raise
 
     def state_dict_for_saving(self, unet_state_dict, *args, **kwargs):
@@ -328,6 +347,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
 
     def empty(self) -> None:
         self._pins.release()
+        self.diffusion_model.stream.close()
         self.diffusion_model.forget()
         unpatch(self.diffusion_model)
         drop_weights(self.diffusion_model, self.diffusion_model.precision.dtype)
@@ -363,15 +383,17 @@ def make_model(
     """A MODEL whose weights are read, and quantized, when it is first used.
 
     Args:
-        stream: the blocks stay in RAM between their turns.
-        keep_on_card: what ComfyUI unloads stays on the card, as with its --highvram.
+        stream: all blocks stay in RAM between their turns; otherwise those for which the card has no room.
+        keep_on_card: none does, and what ComfyUI unloads stays on the card, as with its --highvram.
     """
-    model = QwenEditModel(source, precision, latent_format(statistics), attention, kernels, stream)
+    offload: Offload = "stream" if stream else "none" if keep_on_card else "auto"
+    model = QwenEditModel(source, precision, latent_format(statistics), attention, kernels, offload)
     card = comfy.model_management.get_torch_device()
-    if card.type == "cuda" and not stream:
+    if card.type == "cuda":
         model.diffusion_model.channels = ExtraChannels()
     if stream:  # the CPU, whatever ComfyUI's --highvram says
-        return StreamingPatcher(model, load_device=card, offload_device=torch.device("cpu"))
+        return TransformerPatcher(model, load_device=card, offload_device=torch.device("cpu"))
+    model.second_copy = SecondCopyPatcher(SecondCopy(model.diffusion_model), card, torch.device("cpu"))
     away = card if keep_on_card else comfy.model_management.unet_offload_device()
     return TransformerPatcher(model, load_device=card, offload_device=away)
 

@@ -1,10 +1,11 @@
-"""What can be asked of the loader. Light, because ComfyUI reads it for the node list."""
+"""What can be asked of the loader and the LoRA switch. Light, because ComfyUI reads it for the node list."""
 
 from dataclasses import dataclass
 
 from . import folders
 
 OFFLOAD = ("auto", "none", "text encoder", "stream")
+LORA_MODES = ("auto", "resident", "fused")  # append only: saved workflows hold these names
 VERSIONS = {"auto": None, "2511": True, "2509": False}
 
 

@@ -28,12 +28,14 @@ class FusedKernels:
     gelu: Callable[..., Rows]
     quantize_rows: Callable[..., Rows]
     append_low_rank: Callable[..., torch.Tensor]
+    add_to_quantized: Callable[..., None]
     fell_back: bool = False
 
 
 def _of(module, name: str, why: str, fell_back: bool = False) -> FusedKernels:
     functions = (
         module.norm_modulate, module.qk_norm_rope, module.gelu, module.quantize_rows, module.append_low_rank,
+        module.add_to_quantized,
     )  # fmt: skip
     return FusedKernels(name, why, *functions, fell_back=fell_back)
 
@@ -81,6 +83,11 @@ def _probe(fused, device: torch.device, dtype: torch.dtype, quantize: torch.dtyp
         if quantize != torch.int8:
             rows = module.gelu(x[0], quantize=quantize, room=16).data
             values.append(module.append_low_rank(rows, rows[:1].repeat(16, 1), rope.new_full((16,), 0.001)).float())
+        if quantize is not None:
+            rows = reference.quantize_rows(x[0], quantize)
+            out, scale = torch.empty_like(rows.data), torch.empty_like(rows.scale)
+            module.add_to_quantized(rows.data, rows.scale, x[0, :2] / 8, x[0, :, :2].contiguous(), out, scale)
+            values.append(out.float() * scale)
         results.append([*values, joint.float()])
     for result in results[1:]:
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(result, results[0], strict=True)]

@@ -10,6 +10,7 @@ import triton.language as tl
 from .contract import Modulation, Rows, Update, padded_width
 from .launch import launch
 from .reference import QUANTIZED_MAX, SMALLEST_SCALE
+from .requantize import add_to_quantized as add_to_quantized
 
 _QUANTIZATION = {
     dtype: {

@@ -127,3 +127,50 @@ def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> 
     limit = QUANTIZED_MAX.get(x.dtype)
     extended[:, width:] = (t if limit is None else t.clamp(-limit, limit)).to(x.dtype)
     return extended
+
+
+def add_to_quantized(
+    data: torch.Tensor,
+    scale: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    out: torch.Tensor,
+    out_scale: torch.Tensor,
+) -> None:
+    """``data * scale + b a``, quantized again, into ``out`` and ``out_scale``.
+
+    A difference is mostly smaller than the steps of 8-bit numbers, so rounding to the nearest would lose it: numbers are
+    rounded up or down by a fixed noise, so that the weight is right on average. A row keeps its scale unless a number
+    grows out of its range; what nothing is added to then keeps its bits.
+
+    Args:
+        data: ``[N, K]``, fp8 or int8, rows contiguous; ``scale`` ``[N, 1]``, float32. Neither is changed, unless ``out``
+            is ``data`` itself.
+        a: ``[R, K]`` and ``b`` ``[N, R]`` of one float dtype, rows contiguous.
+    """
+    store_quantized(data.float() + b.float() @ a.float() / scale, scale, out, out_scale)
+
+
+def store_quantized(values: torch.Tensor, scale: torch.Tensor, out: torch.Tensor, out_scale: torch.Tensor) -> None:
+    """``values`` ``[N, K]`` (float32, changed) in units of ``scale``, as ``add_to_quantized`` stores them."""
+    limit = QUANTIZED_MAX[out.dtype]
+    growth = (values.abs().amax(dim=1, keepdim=True) / limit).clamp(min=1.0)
+    values /= growth
+    noise = _noise(values)
+    if out.dtype == torch.int8:
+        values = (values + (noise >> 8) * 2.0**-24).floor()
+    else:  # float8_e4m3fn has 20 bits less than float32, and steps of 2^-9 below 2^-6
+        size = values.abs()
+        bits = (size.view(torch.int32) + (noise >> 12).int()) & -(1 << 20)
+        tiny = (size * 512 + (noise >> 8) * 2.0**-24).floor() / 512
+        values = torch.where(size < 2**-6, tiny, bits.view(torch.float32)).copysign(values)
+    out.copy_(values.clamp(-limit, limit))
+    out_scale.copy_(scale * growth)
+
+
+def _noise(like: torch.Tensor) -> torch.Tensor:
+    """For each place of a matrix 32 bits that look random: the finalizer of MurmurHash3 over its number."""
+    x = torch.arange(like.numel(), device=like.device).view(like.shape)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        x = ((x ^ (x >> shift)) * factor) & 0xFFFFFFFF
+    return x ^ (x >> 16)

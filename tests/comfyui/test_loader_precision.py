@@ -15,9 +15,9 @@ from test_memory import free, free_all
 _nonce = itertools.count(1)
 pytestmark = pytest.mark.server
 
-FORMS = ("fp8", "int8", "w4a4")
+FORMS = ("fp8", "int8", "w4a4", "w4a8")
 # mean difference from the picture in fp32, at most; another picture of the same kind is 0.1 away
-MOST = {"fp8": 0.02, "int8": 0.02, "w4a4": 0.08}
+MOST = {"fp8": 0.02, "int8": 0.02, "w4a4": 0.08, "w4a8": 0.05}
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def test_each_form_edits_and_the_node_says_which_runs(client, graph, form):
 
 
 @pytest.mark.parametrize(
-    ("profile", "form"), [("quality", "fp32"), ("fast", "fp8"), ("small", "w4a4"), ("auto", "fp32")]
+    ("profile", "form"), [("quality", "fp32"), ("fast", "fp8"), ("small", "w4a8"), ("auto", "fp32")]
 )
 def test_each_profile_says_what_it_chose(client, graph, profile, form):
     result = run_fresh(client, changed(graph, "loader", profile=profile, precision="auto"))

@@ -76,7 +76,9 @@ def patched(host):
     return json.loads(run_in_comfyui(host, constants + CODE).split("RESULT", 1)[1])
 
 
-@pytest.mark.parametrize(("form", "least", "off"), [("fp8", 0.97, 0.04), ("int8", 0.99, 0.01), ("w4a4", 0.75, 0.3)])
+@pytest.mark.parametrize(
+    ("form", "least", "off"), [("fp8", 0.97, 0.04), ("int8", 0.99, 0.01), ("w4a4", 0.75, 0.3), ("w4a8", 0.75, 0.3)]
+)
 def test_a_native_lora_patch_on_quantized_weights(patched, form, least, off):
     """Against the same LoRA on float weights. Requantizing to 4 bit swallows part of it (measured: direction 0.83,
     strength 0.79); the addends of QwenEditLoraSwitch do not touch the weights and lose nothing."""

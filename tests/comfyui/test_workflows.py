@@ -173,7 +173,9 @@ def api_of(template: dict[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = {}
         values = list(node.get("widgets_values", []))
         for slot in node["inputs"]:
-            if "widget" in slot:
+            if slot["name"] == "compare_view":  # the page fills it itself and does not save it
+                inputs["compare_view"] = {"__value__": ["", ""]}
+            elif "widget" in slot:
                 inputs[slot["widget"]["name"]] = values.pop(0)
                 if slot["name"] == "seed":
                     assert values.pop(0) == "fixed"
