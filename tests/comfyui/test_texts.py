@@ -25,9 +25,9 @@ def test_chinese_texts_are_complete(client: ArrayClient):
 
 def test_every_input_has_a_tooltip():
     for name, node in texts("en").items():
-        bare = [
-            key for key, entry in node["inputs"].items() if "tooltip" not in entry and key != "control_after_generate"
-        ]
+        # the page has its own text for the seed's habit; ComfyUI's growing inputs carry theirs on each slot
+        own = ("control_after_generate", "pictures")
+        bare = [key for key, entry in node["inputs"].items() if "tooltip" not in entry and key not in own]
         assert not bare, f"{name}: {bare}"
 
 
