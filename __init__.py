@@ -12,11 +12,11 @@ async def comfy_entrypoint():
         from comfy_api.latest import ComfyExtension
 
         from .nodes import NODES
-        from .nodes.host import doctor, perf_panel, status
+        from .nodes.host import canvas, doctor, perf_panel, status
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            for routes in (doctor, perf_panel, status):
+            for routes in (canvas, doctor, perf_panel, status):
                 routes.register()
 
         async def get_node_list(self):

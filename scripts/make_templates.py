@@ -19,6 +19,7 @@ from browser import Browser, BrowserError
 from comfy_host import REPO, run_as_script, say, write_atomically
 
 WORKFLOWS = REPO / "workflows"
+HUB = "https://huggingface.co/Comfy-Org"
 MODEL_NOTE = """
 **Model.** The small demo model runs anywhere and knows a few simple edits, at about 0.07 megapixels. \
 With the real weights, choose them in *Load the model* and set *megapixels* to 1.0."""
@@ -30,6 +31,9 @@ class Layout:
 
     note: str
     columns: tuple[tuple[str, tuple[int, ...]], ...]
+    models: tuple[
+        tuple[int, str], ...
+    ] = ()  # node, address of the file that it names: the page offers it where it lacks
 
 
 LAYOUTS = {
@@ -50,7 +54,86 @@ The result has the size and place of your picture. *Where the time went* shows w
             ("Instruction", (3, 4)),
             ("Edit", (5,)),
             ("Result", (6, 7, 8)),
-            ("Measurement", (9,)),
+            ("Measurement", (10, 9)),
+        ),
+    ),
+    "lightning": Layout(
+        """# Lightning
+
+Four steps without guidance: about a twentieth of the work of *standard*.
+
+1. Put *Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors* into *models/loras*.
+2. Choose it in *The Lightning LoRA goes here*.
+3. Run. For the 8-step LoRA, choose the preset *Lightning 8*.
+
+A checkpoint with Lightning in it needs no LoRA. Without either, as here with the demo model, the sampler warns.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Lightning", (9, 5)),
+            ("Result", (6, 7, 8)),
+            ("Before and after", (10,)),
+        ),
+    ),
+    "small_card": Layout(
+        """# Small card
+
+For cards below 16 GB. Profile *auto* takes the most exact precision that fits (4 bit on these cards), the text encoder \
+leaves the card after encoding, and the picture is decoded in tiles. A transformer that still does not fit is streamed \
+from RAM; offload *stream* asks for that.
+
+4 bit is visibly less exact than 8 bit.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and picture", (1, 2)),
+            ("Instruction", (3, 4)),
+            ("Edit", (5,)),
+            ("Result", (6, 7, 8)),
+            ("Before and after", (10,)),
+        ),
+    ),
+    "official_2511_accelerated": Layout(
+        """# ComfyUI's own 2511 workflow and one node more
+
+Everything is ComfyUI's own, with the settings of its template for 2511: shift 3.1, CFGNorm, euler, simple, 40 steps, \
+CFG 4. *Accelerate* stands between CFGNorm and KSampler. In a workflow of your own, put it in the same place.
+
+Bypass it (Ctrl-B) to compare. What it does not honour runs natively, and it says so.
+
+This one needs the real files; ComfyUI offers those that you lack. It does not run with the demo model.
+""",
+        (
+            ("Models", (1, 2, 3)),
+            ("Picture", (4, 5, 10)),
+            ("Instruction", (6, 7)),
+            ("Model settings", (8, 9, 11, 12)),
+            ("The one node more", (13,)),
+            ("Edit", (14, 15)),
+            ("Result", (16, 17)),
+        ),
+        (
+            (1, f"{HUB}/Qwen-Image-Edit_ComfyUI/resolve/main/split_files/diffusion_models/{{}}"),
+            (2, f"{HUB}/HunyuanVideo_1.5_repackaged/resolve/main/split_files/text_encoders/{{}}"),
+            (3, f"{HUB}/Qwen-Image_ComfyUI/resolve/main/split_files/vae/{{}}"),
+        ),
+    ),
+    "three_references": Layout(
+        """# Three references
+
+One instruction that uses up to three pictures. Name them *picture 1*, *picture 2* and *picture 3*.
+
+The result has the size of picture 1. The model was trained with up to three pictures; the demo model with up to two, \
+so it leaves the third out.
+"""
+        + MODEL_NOTE,
+        (
+            ("Model and pictures", (1, 2, 3, 10)),
+            ("Instruction", (4, 5)),
+            ("Edit", (6,)),
+            ("Result", (7, 8, 9)),
         ),
     ),
     "two_references": Layout(
@@ -137,6 +220,7 @@ where the edit may show. Connect an upscale model to *Back to size* to enlarge t
             ("Instruction", (3, 4)),
             ("Edit", (5,)),
             ("Result", (6, 7, 8)),
+            ("Before and after", (9,)),
         ),
     ),
     "native_ksampler": Layout(
@@ -214,9 +298,9 @@ Edit Sampler makes with the same seed.
 ARRANGE = """
 const [note, columns] = args;
 const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, QwenEditBatch: 420, PreviewAny: 400, SaveImage: 340,
-               PreviewImage: 340, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320,
+               PreviewImage: 340, ImageCompare: 360, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320,
                QwenEditPerfReport: 480, QwenEditStepSweep: 480};
-const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, QwenEditPerfLogger: 330, QwenEditEncode: 330,
+const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, ImageCompare: 390, QwenEditPerfLogger: 330, QwenEditEncode: 330,
                 PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300, QwenEditPerfReport: 900, QwenEditStepSweep: 860};
 const REPORT = 90, PREVIEW = 220;  // what a node grows by when it has reported, and while it shows a preview
 const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
@@ -294,6 +378,10 @@ def build(browser: Browser, name: str) -> dict[str, Any]:
             f"{name}: the page would queue something else; nodes {', '.join(wrong)}: "
             f"{[queued.get(node) for node in wrong]}"
         )
+    for number, address in layout.models:
+        node = next(node for node in graph["nodes"] if int(node["id"]) == number)
+        file, folder = node["widgets_values"][0], address.split("/")[-2]
+        node["properties"]["models"] = [{"name": file, "url": address.format(file), "directory": folder}]
     return tidy(name, graph)
 
 

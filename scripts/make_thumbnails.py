@@ -70,6 +70,27 @@ def jpeg(card: Image.Image) -> bytes:
     return file.getvalue()
 
 
+def with_demo_model(workflow: dict[str, Any]) -> dict[str, Any]:
+    """The workflow with the demo model in place of the files that ComfyUI's own loaders name, which no machine has by
+    itself, and without the scaling to 1 megapixel, which that model was not trained for."""
+    outputs = {"UNETLoader": 0, "CLIPLoader": 1, "VAELoader": 2}
+    loaders = {name: outputs[node["class_type"]] for name, node in workflow.items() if node["class_type"] in outputs}
+    if not loaders:
+        return workflow
+    moved: dict[str, list[Any]] = {name: ["demo", output] for name, output in loaders.items()}
+    for name in nodes_of(workflow, "FluxKontextImageScale"):
+        moved[name] = workflow[name]["inputs"]["image"]
+    demo = json.loads((WORKFLOWS / "api" / "single_edit.json").read_text(encoding="utf-8"))["1"]
+    kept = {name: node for name, node in workflow.items() if name not in moved}
+    for name, node in kept.items():
+        inputs = {
+            key: moved.get(value[0], value) if isinstance(value, list) else value
+            for key, value in node["inputs"].items()
+        }
+        kept[name] = node | {"inputs": inputs}
+    return kept | {"demo": demo}
+
+
 def make(client: ComfyClient, workflow: dict[str, Any]) -> Image.Image:
     """Run one workflow and put its sources and results on a card."""
     names = [workflow[node]["inputs"]["image"] for node in nodes_of(workflow, "LoadImage")]
@@ -101,7 +122,7 @@ def main() -> int:
     names = options.names or sorted(path.stem for path in WORKFLOWS.glob("*.json"))
     with ComfyClient(options.server) as client:
         for name in names:
-            workflow = json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8"))
+            workflow = with_demo_model(json.loads((WORKFLOWS / "api" / f"{name}.json").read_text(encoding="utf-8")))
             path = options.output / f"{name}.jpg"
             write_atomically(path, jpeg(make(client, workflow)))
             say(f"Wrote {path} ({path.stat().st_size} bytes)")

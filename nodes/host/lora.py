@@ -166,6 +166,11 @@ def resident(path: Path, target: LoraTarget) -> tuple[ShellPatcher, bool]:
     return POOL.get((fingerprint([path]), target.dtype, config), make, lambda patcher: patcher.model_size())
 
 
+def residents() -> list[tuple[str, int]]:
+    """Name and bytes of each resident LoRA; for ``canvas.py``, from the server's thread."""
+    return [(p.model.path.stem, p.model_size()) for p in POOL.things() if not p.model.is_empty]
+
+
 def pool_line() -> str:
     """How full the pool is."""
     size = sum(patcher.model_size() for patcher in POOL.things())

@@ -151,7 +151,7 @@ class Owner(Generic[T]):
             self._drop(key)
 
     def things(self) -> list[T]:
-        return [thing for thing, _ in self._kept.values()]
+        return [thing for thing, _ in list(self._kept.values())]  # any thread may ask
 
     def _drop(self, key: Hashable) -> None:
         dropped, _ = self._kept.pop(key)

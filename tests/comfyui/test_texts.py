@@ -23,6 +23,14 @@ def test_chinese_texts_are_complete(client: ArrayClient):
     assert set(keys(texts("zh"))) == set(keys(english(client.get("/object_info"))))
 
 
+def test_every_input_has_a_tooltip():
+    for name, node in texts("en").items():
+        # the page has its own text for the seed's habit; ComfyUI's growing inputs carry theirs on each slot
+        own = ("control_after_generate", "pictures")
+        bare = [key for key, entry in node["inputs"].items() if "tooltip" not in entry and key not in own]
+        assert not bare, f"{name}: {bare}"
+
+
 def test_server_hands_out_the_texts(client: ArrayClient):
     served = client.get("/i18n")
     for language in ("en", "zh"):
@@ -36,6 +44,10 @@ def test_every_node_has_help_in_both_languages(name: str):
     for page in (docs / f"{name}.md", docs / name / "zh.md"):
         text = page.read_text("utf-8")
         assert text.startswith("# ")
+        pictures = re.findall(r"!\[.+\]\((.+)\)", text)
+        assert pictures, f"{page} has no example picture"
+        assert all((docs / picture).is_file() for picture in pictures)
+        assert re.search("^## (Rules and pitfalls|Pitfalls|.*注意.*)$", text, re.MULTILINE), f"{page} names no pitfalls"
         # the names in the first cells of its tables: "prompt", "width, height", "lora_1 … lora_4 (advanced)"
         cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("|")]
         rows = {word.rstrip("0123456789").rstrip("_") for cell in cells for word in re.findall(r"\w+", cell)}

@@ -1,0 +1,201 @@
+"""Says how to start ComfyUI for this pack on this machine, with a reason for each flag, or starts it:
+
+    python scripts/launch_comfyui.py --comfyui PATH                     print flags and environment
+    python scripts/launch_comfyui.py --comfyui PATH --run -- --port 80  start; what follows -- goes to ComfyUI
+    python scripts/launch_comfyui.py --card "RTX 4070" --memory 12      plan for another machine
+
+The flags are checked by the parser of the ComfyUI that they are for: one that it does not have is left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from comfy_host import Host, HostError, add_host_arguments, cache_folder, find_comfyui, run_as_script, say
+
+# GiB. The transformer in fp8, the text encoder in bf16 and the VAE together take about 30, and activations 3.
+ROOM_FOR_ALL = 44
+SMALL = 16
+DESKTOP_SHARE = 1.0
+
+# Prints one JSON line: which of the options exist, and what the parser says about all arguments together.
+ASK_PARSER = """
+import contextlib, io, json, sys
+flags, sys.argv = sys.argv[1:], sys.argv[:1]
+from comfy.cli_args import parser
+known = [flag for flag in flags if flag in parser._option_string_actions]
+said = io.StringIO()
+try:
+    with contextlib.redirect_stderr(said):
+        parser.parse_args(flags)
+except SystemExit:
+    pass
+print(json.dumps({"known": known, "error": said.getvalue().strip().splitlines()[-1:]}))
+"""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What ComfyUI will run on; `memory` in GiB, 0 without a card."""
+
+    name: str
+    memory: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A flag with its values, or an environment variable as NAME=VALUE, and why."""
+
+    words: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to start ComfyUI."""
+
+    flags: tuple[Choice, ...]
+    environment: tuple[Choice, ...]
+    profile: str
+
+
+def find_card(python: Path, index: int) -> Card:
+    """The card that nvidia-smi names, else the one that the Python's torch sees, else none."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", f"--id={index}"]
+    try:
+        name, memory = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().rsplit(",", 1)
+        return Card(name.strip(), round(float(memory) / 1024, 1))
+    except (OSError, subprocess.CalledProcessError, ValueError):
+        pass  # another maker's card, or none
+    code = (
+        f"import torch; p = torch.cuda.get_device_properties({index}) if torch.cuda.is_available() else None\n"
+        "print(p.name if p else 'none', p.total_memory if p else 0, sep='\\t')"
+    )
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    if found.returncode:
+        return Card("none", 0)
+    name, size = found.stdout.strip().split("\t")
+    return Card(name, round(int(size) / 2**30, 1))
+
+
+def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
+    """A table by the card's memory, so that equal machines start equally."""
+    flags = [
+        Choice(("--preview-method", "latent2rgb"), "shows the edit while it is sampled; ComfyUI's default shows none")
+    ]
+    if card.memory == 0:
+        flags.append(Choice(("--cpu",), "no card was found"))
+        profile = "quality"
+    else:
+        flags += [
+            Choice(("--cuda-device", str(index)), "this card, and no other that is in the machine"),
+            Choice(
+                ("--use-pytorch-cross-attention",),
+                "for ComfyUI's own forwards; this pack's attention is chosen on its nodes",
+            ),
+        ]
+        profile = "auto"
+        if card.memory >= ROOM_FOR_ALL:
+            flags.append(Choice(("--highvram",), "transformer, text encoder and VAE fit on the card together"))
+        elif card.memory < SMALL:
+            profile = "small"
+            if not headless:
+                flags.append(
+                    Choice(("--reserve-vram", f"{DESKTOP_SHARE:g}"), "GB for the desktop, which shares a small card")
+                )
+    if headless:
+        flags += [
+            Choice(("--disable-auto-launch",), "there is no screen"),
+            Choice(
+                ("--disable-api-nodes",),
+                "the server stays local: no paid nodes, and the page asks nothing of the internet",
+            ),
+            Choice(
+                ("--cache-lru", "64"),
+                "results of the last 64 nodes stay, so that clients do not push out each other's encodings",
+            ),
+        ]
+    environment = [
+        Choice(("HF_HUB_OFFLINE=1",), "this pack reads local files only; an attempt to download fails at once"),
+        Choice(("PYTHONUNBUFFERED=1",), "the log appears when it is written"),
+    ]
+    return Plan(tuple(flags), tuple(environment), profile)
+
+
+def checked(host: Host, flags: Sequence[Choice], extra: Sequence[str]) -> tuple[list[Choice], list[Choice]]:
+    """The flags that this ComfyUI has, and those that it lacks.
+
+    Raises HostError when its parser refuses the rest, or `extra`, or both together.
+    """
+    known = set(_ask(host, [word for choice in flags for word in choice.words])["known"])
+    kept = [choice for choice in flags if choice.words[0] in known]
+    # A flag that a person gives wins over the same flag of ours.
+    kept = [choice for choice in kept if choice.words[0] not in extra]
+    error = _ask(host, [word for choice in kept for word in choice.words] + list(extra))["error"]
+    if error:
+        raise HostError(f"ComfyUI in {host.comfyui} does not take these flags: {error[0]}")
+    return kept, [choice for choice in flags if choice.words[0] not in known]
+
+
+def _ask(host: Host, words: list[str]) -> dict[str, list[str]]:
+    answer = subprocess.run(
+        [host.python, "-c", ASK_PARSER, *words], cwd=host.comfyui, capture_output=True, text=True, check=False
+    )
+    if answer.returncode:
+        raise HostError(f"ComfyUI in {host.comfyui} could not be asked for its flags:\n{answer.stderr.strip()}")
+    return json.loads(answer.stdout.splitlines()[-1])
+
+
+def show(card: Card, chosen: Plan, kept: list[Choice], lacking: list[Choice], command: list[str]) -> None:
+    """Print the plan."""
+    say(f"Card: {card.name}" + (f", {card.memory:g} GiB" if card.memory else ""))
+    for choice in (*kept, *chosen.environment):
+        say(f"  {' '.join(choice.words):<34} {choice.reason}")
+    for choice in lacking:
+        say(f"  (this ComfyUI has no {choice.words[0]})")
+    say(f"Profile for Qwen Edit Loader: {chosen.profile}\n")
+    say(" ".join(choice.words[0] for choice in chosen.environment) + " " + shlex.join(command))
+
+
+def main() -> int:
+    """Plan, check, print; with --run, become ComfyUI."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--card", metavar="NAME", help="plan for this card instead of the machine's; needs --memory")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="of that card; 0: no card")
+    parser.add_argument("--device", type=int, default=0, metavar="N", help="which card (default: %(default)s)")
+    parser.add_argument("--headless", action="store_true", help="for a server without a screen")
+    parser.add_argument("--run", action="store_true", help="start ComfyUI")
+    parser.add_argument("extra", nargs="*", metavar="-- ARGUMENTS", help="more arguments for ComfyUI")
+    add_host_arguments(parser)
+    options = parser.parse_args()
+    if (options.card is None) != (options.memory is None):
+        parser.error("--card and --memory belong together")
+    comfyui = find_comfyui(options.comfyui, cache_folder())
+    if comfyui is None:
+        raise HostError("Which ComfyUI? Give its folder with --comfyui, or set COMFYUI_PATH.")
+    host = Host(Path(options.python or sys.executable), comfyui)
+    card = Card(options.card, options.memory) if options.card else find_card(host.python, options.device)
+    chosen = plan(card, options.device, options.headless)
+    kept, lacking = checked(host, chosen.flags, options.extra)
+    command = [str(host.python), "main.py", *(word for choice in kept for word in choice.words), *options.extra]
+    show(card, chosen, kept, lacking, command)
+    if not options.run:
+        return 0
+    os.chdir(comfyui)
+    environment = os.environ | dict(choice.words[0].split("=", 1) for choice in chosen.environment)
+    if os.name == "nt":
+        return subprocess.run(command, env=environment, check=False).returncode
+    # ComfyUI takes this process's place, so that a container's stop reaches it.
+    os.execvpe(command[0], command, environment)
+
+
+if __name__ == "__main__":
+    run_as_script(main)
