@@ -126,7 +126,7 @@ This one needs the real files; ComfyUI offers those that you lack. It does not r
 One instruction that uses up to three pictures. Name them *picture 1*, *picture 2* and *picture 3*.
 
 The result has the size of picture 1. The model was trained with up to three pictures; the demo model with up to two, \
-so it leaves the third out.
+so what it makes of three is a surprise.
 """
         + MODEL_NOTE,
         (

@@ -19,7 +19,7 @@ FORBIDDEN_IMPORTS = {
 }  # fmt: skip
 FORBIDDEN_NAMES = {"eval", "exec", "compile", "__import__", "breakpoint", "input"}
 FORBIDDEN_CALLS = {
-    "os.system", "os.popen", "os.fork", "os.startfile", "os.putenv", "os.symlink", "os.link", "os.chmod", "os.remove",
+    "os.system", "os.popen", "os.fork", "os.startfile", "os.putenv", "os.symlink", "os.link", "os.remove",
     "os.unlink", "shutil.rmtree", "torch.load", "torch.save", "torch.hub.load", "torch.jit.load", "torch.package",
     "numpy.load", "np.load", "np.fromfile", "aiohttp.ClientSession", "aiohttp.request", "sys.path.insert", "sys.path.append",
 }  # fmt: skip
@@ -36,7 +36,11 @@ WRITING = {
     "hardlink_to",
 }
 # Where files are written or folders made, and what for.
-WRITERS = {"qwen_edit/perf/log.py": "the performance log, in ComfyUI's output folder"}
+WRITERS = {
+    "qwen_edit/perf/log.py": "the performance log and its exports, in ComfyUI's output folder",
+    "nodes/host/batch_files.py": "a batch's results, in ComfyUI's output folder",
+    "qwen_edit/manifest.py": "takes away what a stopped batch has left half-written there",
+}
 
 
 def dotted(node: ast.AST) -> str:
@@ -77,7 +81,14 @@ def problems(source: str, name: str) -> list[str]:
                 found.append("imports a module by a name that is computed")
             if any(k in keywords for k in ("trust_remote_code", "shell", "weights_only")):
                 found.append(f"passes {', '.join(filter(None, keywords))}")
-            writes = method in WRITING or called in ("os.open", "os.replace", "os.write", "os.ftruncate", "save_file")
+            writes = method in WRITING or called in (
+                "os.open",
+                "os.chmod",
+                "os.replace",
+                "os.write",
+                "os.ftruncate",
+                "save_file",
+            )
             if (writes or ("open" in (method, called) and opens_for_writing(node))) and name not in WRITERS:
                 found.append(f"writes files ({called or method})")
     return found
@@ -102,7 +113,7 @@ def test_the_check_sees(line):
 
 
 def test_modules_that_write_still_do():
-    assert all((REPO / name).is_file() and "os." in (REPO / name).read_text() for name in WRITERS)
+    assert all((REPO / name).is_file() and re.search(r"os\.|unlink", (REPO / name).read_text()) for name in WRITERS)
 
 
 # SECURITY.md

@@ -211,7 +211,9 @@ class TransformerPatcher(ShellPatcher):
         return super().model_state_dict_for_saving(model, prefix)
 
     def patch_hooks(self, hooks):
-        self.model.diffusion_model.fused.drop()  # the weights become others
+        if hooks is not None or self.hook_backup:  # ComfyUI also calls this after each sampling, for no hooks at all
+            self.model.diffusion_model.fused.drop()  # the weights become others
+            self.model.diffusion_model.stream.reset()
         form = self.model.diffusion_model.precision.form
         if form is not None and self.get_combined_hook_patches(hooks):
             raise ValueError(  # it would put the numbers back, but not their scales
@@ -222,7 +224,6 @@ class TransformerPatcher(ShellPatcher):
         # a LoRA on conditioning changes weights in the middle of a sampling, each time to what has no name
         version = self.model.current_weight_patches_uuid if hooks is None else object()
         self.model.diffusion_model.weights_version = version
-        self.model.diffusion_model.stream.reset()
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         if self.hook_backup:

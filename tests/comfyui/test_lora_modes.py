@@ -149,6 +149,16 @@ def test_auto_fuses_what_is_long_enough(client, server, graph, models):
     assert close(in_them, edited(client, switched(long, "auto wide.safetensors", "resident")))
 
 
+def test_the_next_edit_finds_them_in_the_weights(client, server, graph):
+    def times_fused() -> int:
+        return server.log.read_text(errors="replace").count("LoRAs are in the weights now")
+
+    first = edited(client, switched(graph, SKETCH, "fused", strength=0.875))
+    before = times_fused()
+    assert np.array_equal(edited(client, switched(graph, SKETCH, "fused", strength=0.875)), first)
+    assert times_fused() == before
+
+
 def test_a_product_of_high_rank_needs_the_weights(client, graph, models):
     save_file(loha_state(rank=32), models / "loras" / "high.safetensors")
     with pytest.raises(ExecutionFailed, match=r"\[QE_LORA\] high.*rank above 256.*Choose mode auto or fused"):

@@ -27,6 +27,7 @@ from pack.qwen_edit.attention import resolve
 from pack.qwen_edit.fused_lora import FusedLoras
 from pack.qwen_edit.kernels import REFERENCE
 from pack.qwen_edit.modulation import ModulationCache
+from pack.qwen_edit.streaming import BlockStream
 
 torch.manual_seed(0)
 shape = dict(num_layers=3, attention_head_dim=32, num_attention_heads=4, joint_attention_dim=48)
@@ -35,6 +36,7 @@ for parameter in ours.parameters():
     torch.nn.init.normal_(parameter, std=0.2)
 ours.attention = resolve("pytorch", torch.device("cpu"), torch.float32, 32)
 ours.kernels, ours.modulation, ours.fused = REFERENCE, ModulationCache(), FusedLoras(ours)
+ours.stream = BlockStream(ours.transformer_blocks)
 native = QwenImageTransformer2DModel(
     **shape, axes_dims_rope=(8, 12, 12), default_ref_method="index_timestep_zero", dtype=torch.float32, operations=comfy.ops.disable_weight_init
 ).eval()
