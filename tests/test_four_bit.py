@@ -1,5 +1,7 @@
 """4-bit weights that are unpacked for each product: the layout, the kernel, the linears."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from test_extra_channels import low_rank
@@ -101,7 +103,9 @@ def test_products(monkeypatch, form, with_lora):
     torch.manual_seed(1)
     x = torch.randn(TOKENS, IN, device=DEVICE)
     modules = [linear(OUT) for _ in range(3)]
-    adapters = {modules[1]: [low_rank(4, 1)]} if with_lora else {}
+    lora = low_rank(4, 1)
+    lora = replace(lora, a=lora.a.to(DEVICE), b=lora.b.to(DEVICE))
+    adapters = {modules[1]: [lora]} if with_lora else {}
     forward = Forward(None, adapters=adapters)  # pyright: ignore[reportArgumentType]
     (operand,) = forward.operands(*modules)
     prologue = forward.prologue([operand])
