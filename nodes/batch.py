@@ -56,7 +56,7 @@ class QwenEditBatch(io.ComfyNode):
                     default=0,
                     min=0,
                     max=MAX_SEED,
-                    control_after_generate=True,
+                    control_after_generate=io.ControlAfterGenerate.fixed,
                     tooltip="For items that have no seed of their own. Another seed makes new results, so keep it fixed to go on"
                     " with a run.",
                 ),

@@ -325,7 +325,7 @@ def settings_of(node_of: Callable[[str], Mapping[str, Any]], node_id: str, leave
             described.append(None)
             node = node_of(node_id)
             inputs = {
-                name: {"from": visit(value[0], frozenset()), "output": value[1]} if _is_link(value) else value
+                name: {"from": visit(value[0], frozenset()), "output": value[1]} if _is_link(value) else _as_one(value)
                 for name, value in sorted(node["inputs"].items())
                 if name not in ignored
             }
@@ -334,6 +334,11 @@ def settings_of(node_of: Callable[[str], Mapping[str, Any]], node_id: str, leave
 
     visit(node_id, frozenset(leave_out))
     return json.dumps(described, sort_keys=True)
+
+
+def _as_one(value: Any) -> Any:
+    """1.0 as 1: browsers write it so, and ComfyUI makes it 1.0 again before a node sees it."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _is_link(value: Any) -> bool:

@@ -1,6 +1,6 @@
 """Step presets: everything that decides how one edit is sampled, in one frozen dataclass.
 
-Steps and true CFG of draft, standard and high quality come from the project's source document; its "guidance"
+Steps and true CFG of draft, standard and high quality are what guides for this model give; their "guidance"
 values (5.0, 7.0, 8.5) are not here because Qwen-Image-Edit is not guidance-distilled and ignores them (diffusers
 ``pipeline_qwenimage_edit_plus.py`` warns and drops the value). The schedule is the released model's
 ``scheduler/scheduler_config.json``; Lightning's is the one published with its LoRA (lightx2v/Qwen-Image-Lightning);

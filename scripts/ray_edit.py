@@ -3,7 +3,7 @@
     python ray_edit.py --manifest night.csv --gpus 4 --output edited/            on this machine
     python ray_edit.py --manifest night.csv --address auto --output edited/      on all GPUs of a cluster that runs already
 
-Needs Ray (pip install "qwen-edit-fast[ray]"). Ray places the workers, starts dead ones again and gives them their work
+Needs Ray (pip install "ray>=2.40"). Ray places the workers, starts dead ones again and gives them their work
 again. In a cluster every machine has this pack, ComfyUI and Python at the same paths. A run that was stopped goes on by
 being started again. The exit status is 0 when every item is done, 1 when one failed, 130 after Ctrl-C.
 """

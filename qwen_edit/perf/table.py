@@ -46,7 +46,7 @@ def stage_table(record: dict) -> str:
     for node in record["nodes"] + record["spans"]:
         steps = node.get("steps")
         if steps and node["stage"] == "denoise":
-            values = steps["device_ms"] or steps["ms"] or [steps["first_ms"]]
+            values = steps["device_ms"] or steps["ms"] or [steps["first_ms"] or 0.0]
             clock = "device" if steps["device_ms"] else "wall"
             median = sorted(values)[len(values) // 2]
             lines.append(f"{node['class_type'] or 'denoise'}: {steps['count']} steps, {median:.1f} ms each ({clock})")

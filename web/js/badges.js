@@ -7,6 +7,7 @@ import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 
 const COLOURS = { settings: "#2f4f6f", resident: "#3d4f3d", warnings: "#8a4b08", notes: "#4a4a5a", fallback: "#7a5a00" };
+const PROGRESS = /: wrote |are in the weights now|whole transformer is on the card/; // said while all goes as asked for
 const PRESET_NODES = ["QwenEditSampler", "QwenEditStepPreset"];
 const OVERRIDES = ["steps", "true_cfg_scale", "shift"];
 const LORA_NODE = "QwenEditLoraSwitch";
@@ -108,7 +109,7 @@ app.registerExtension({
       if (!node?.comfyClass?.startsWith("QwenEdit")) return;
       const lines = split(detail.text);
       if (count(lines, "Warning:") + count(lines, "Note:")) showFindings(node, lines);
-      else setBadge(node, "fallback", text("fallback"));
+      else if (!PROGRESS.test(detail.text)) setBadge(node, "fallback", text("fallback"));
     });
     api.addEventListener("executing", ({ detail }) => {
       const node = detail && nodeOf(detail);
