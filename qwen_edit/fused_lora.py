@@ -85,6 +85,11 @@ class FusedLoras:
         """What is on the card besides the weights."""
         return sum(_nbytes(changed.op) for changed in self._changed if changed.kept is None)
 
+    @property
+    def in_ram(self) -> bool:
+        """Whether the weights are kept in RAM, because the card has no room for them twice."""
+        return any(changed.kept is not None for changed in self._changed)
+
     @torch.inference_mode()  # weights that were made in it can be written to only in it, and ComfyUI unloads outside
     def fuse(self, key: Hashable, adapters: Adapters, host: HostMemory | None = None) -> None:
         """Bring the weights to their sum with these adapters; nothing is done if ``key`` is in them already.

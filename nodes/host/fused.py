@@ -204,5 +204,5 @@ def _goes_in(transformer, item: ActiveLora, stack: LoraStack, x: torch.Tensor, t
     if sigmas is None:
         return False
     rank = sum(other.lora.rank for other in stack.active if other.mode == "auto")
-    tokens = len(x) * -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)
+    tokens = -(-x.shape[-2] // 2) * -(-x.shape[-1] // 2)  # of one picture: how many run together is ComfyUI's choice
     return pays(len(sigmas) - 1, rank, tokens) and auto_problem(transformer, x.device) is None

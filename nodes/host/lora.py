@@ -117,7 +117,9 @@ class LoraPatcher(ShellPatcher):
     """Counts, on a card, also what a transformer lays out of the LoRA (see ``extra_channels.py``): about as much again."""
 
     def model_size(self):
-        return super().model_size() * (2 if self.load_device.type == "cuda" else 1)
+        if not self.size:  # clones are given it
+            self.size = comfy.model_management.module_size(self.model) * (2 if self.load_device.type == "cuda" else 1)
+        return self.size
 
 
 @dataclass(frozen=True)

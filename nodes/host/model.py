@@ -149,7 +149,8 @@ class HostTransformer(QwenEditTransformer):
                 self.attention.attend,
                 self.kernels,
                 adapters=adapters_for(self, x, transformer_options),
-                channels=None if stream.streamed else self.channels,  # in buffers there is no room behind the weights
+                # in buffers there is no room behind the weights, and on a card without room for them twice none for more
+                channels=None if stream.streamed or self.fused.in_ram else self.channels,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before_block,
             )

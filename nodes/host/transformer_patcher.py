@@ -154,6 +154,8 @@ class TransformerPatcher(ShellPatcher):
     def _place(self, device) -> None:
         """Every block where it is to be; first what leaves the card."""
         transformer = self.model.diffusion_model
+        if transformer.channels is not None:
+            transformer.channels.clear()  # weights come to lie elsewhere, and others at their addresses
         for index in transformer.stream.streamed:
             transformer.stream.lay(index)
         for index, block in enumerate(transformer.transformer_blocks):
@@ -227,6 +229,7 @@ class TransformerPatcher(ShellPatcher):
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         if self.hook_backup:
+            self.model.diffusion_model.fused.drop()  # before the weights below our LoRAs become others
             self.model.diffusion_model.stream.reset()
         super().unpatch_hooks(whitelist_keys_set)
 
