@@ -35,6 +35,7 @@ ARGUMENTS = (
 # What a page logs without anything being wrong with the pack: icons, fonts and services that a
 # machine without internet does not reach, and files of a user that do not exist yet.
 HARMLESS = (
+    "Blocked attempt to show a 'beforeunload'",  # a page with unsaved changes that a script leaves
     "net::ERR_",
     "/userdata/",
     "favicon",

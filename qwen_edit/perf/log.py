@@ -36,7 +36,7 @@ def append_record(path: Path, record: dict, max_bytes: int = 5 * 2**20, files: i
 def read_records(path: Path) -> list[dict]:
     """The records of one log file, oldest first; lines that a crash left incomplete are passed over."""
     records = []
-    if path.exists():
+    if path.is_file():  # a device could be read for ever
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 records.append(json.loads(line))

@@ -14,7 +14,7 @@ NEEDS_FILES = {name for name, nodes in API.items() if any(n["class_type"] == "UN
 COMPLAINTS = "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn"
 
 
-@pytest.mark.parametrize("name", API)
+@pytest.mark.parametrize("name", sorted(API.keys() - {"warm_up"}))  # which no person opens
 def test_template_opens_without_a_complaint_and_queues_its_api_workflow(browser: Browser, name: str):
     browser.problems()
     browser.open_template(name)
@@ -100,6 +100,8 @@ def test_nodes_speak_chinese(browser: Browser):
     try:
         browser.open()
         browser.load_api(API["single_edit"], "single_edit")
+        # the page may bring back the draft that a test before has left
+        browser.js('app.graph.getNodeById(5).widgets.find((widget) => widget.name === "steps").value = 0')
         titles = browser.js("return app.graph._nodes.map(n => [n.type, n.constructor.title])")
         shown = badges(browser, 5)
         labels = browser.js(
