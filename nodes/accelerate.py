@@ -13,6 +13,7 @@ class QwenEditAccelerate(io.ComfyNode):
             node_id="QwenEditAccelerate",
             display_name="Qwen Edit Accelerate",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Makes an existing Qwen-Image-Edit workflow faster: put it between the model loader (and LoRA"
             " loaders) and the sampler. The weights stay as they were loaded.",
             inputs=[

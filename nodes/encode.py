@@ -25,6 +25,7 @@ class QwenEditEncode(io.ComfyNode):
             node_id="QwenEditEncode",
             display_name="Qwen Edit Encode",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="The instruction and one or more pictures, as the model was trained to see them. Lists of pictures"
             " and prompts make a batch: one edit for each.",
             is_input_list=True,

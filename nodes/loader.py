@@ -16,6 +16,7 @@ class QwenEditLoader(io.ComfyNode):
             node_id="QwenEditLoader",
             display_name="Qwen Edit Loader",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Loads Qwen-Image-Edit once and keeps it. Weights are read when they are first needed.",
             inputs=[
                 io.Combo.Input(

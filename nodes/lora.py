@@ -57,6 +57,7 @@ class QwenEditLoraSwitch(io.ComfyNode):
             node_id="QwenEditLoraSwitch",
             display_name="Qwen Edit LoRA Switch",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Switches resident LoRAs on and off. Two branches with different LoRAs do not disturb each other.",
             inputs=inputs,
             outputs=[io.Model.Output(display_name="MODEL")],

@@ -29,6 +29,7 @@ class QwenEditSmartResize(io.ComfyNode):
             node_id="QwenEditSmartResize",
             display_name="Qwen Edit Smart Resize",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Brings a picture of any size to one the model likes: about one megapixel, sides "
             "multiples of 32, aspect ratio kept. Restore Size undoes it to the pixel.",
             search_aliases=["resize", "scale", "megapixels", "fit"],
@@ -108,6 +109,7 @@ class QwenEditRestoreSize(io.ComfyNode):
             node_id="QwenEditRestoreSize",
             display_name="Qwen Edit Restore Size",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Brings the edited picture back to the size and place of the source, without shift "
             "or zoom. With a mask, the pixels outside it are the source's own.",
             search_aliases=["resize back", "uncrop", "unpad", "composite", "stitch"],

@@ -66,6 +66,7 @@ class QwenEditSampler(io.ComfyNode):
             node_id="QwenEditSampler",
             display_name="Qwen Edit Sampler",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Makes the edit, by a step preset. Draft first, then high quality with the same seed: the"
             " prompt is not encoded again.",
             inputs=[
@@ -109,6 +110,7 @@ class QwenEditStepPreset(io.ComfyNode):
             node_id="QwenEditStepPreset",
             display_name="Qwen Edit Step Preset",
             category="Qwen Edit Fast",
+            has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="The presets of Qwen Edit Sampler for ComfyUI's own samplers: connect MODEL and either SIGMAS"
             " (SamplerCustom) or steps and cfg (KSampler with euler and simple).",
             inputs=[

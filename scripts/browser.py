@@ -98,13 +98,17 @@ class Browser:
         self._profile.cleanup()
 
     def open(self) -> None:
-        """Load ComfyUI's page and wait until its graph can be used."""
+        """Load ComfyUI's page, with nothing in it from before, and wait until its graph can be used."""
         # Without this a first visit begins with the template browser.
         self.set("Comfy.TutorialCompleted", True)
+        # The page brings back drafts, and does so after its graph can be used already. It writes them when it is left.
+        self.driver.get(f"{self.url}/system_stats")
+        self.js("localStorage.clear(); sessionStorage.clear();")
         self.driver.get(self.url)
         self.wait(
             "return !!(window.app?.graph && window.app.extensionManager && window.app.canvas && window.LiteGraph"
-            "?.registered_node_types?.QwenEditSampler && window.app.vueAppReady !== false)",
+            "?.registered_node_types?.QwenEditSampler && window.app.vueAppReady !== false"
+            " && window.app.extensionManager.workflow?.activeWorkflow && !window.app.isGraphLoading)",
             90,
         )
 
