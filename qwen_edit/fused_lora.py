@@ -232,7 +232,7 @@ def _high_rank(adapters: Sequence[Adapter]) -> list[HighRank]:
 def _add_to_float(weight: torch.Tensor, adapters: Sequence[Adapter], out: torch.Tensor) -> None:
     factors, whole = _factors(adapters), _high_rank(adapters)
     if whole:
-        total = weight.float()
+        total = weight.to(torch.float32, copy=True)
         for adapter in whole:
             total += adapter.difference()
         if factors is not None:

@@ -266,12 +266,15 @@ def test_adapters_of_full_rank(form, host):
         hadamard = HighRank((numbers(rows, 20), numbers(20, columns), numbers(rows, 20), numbers(20, columns)), -3.0)
         active[linear] = [kronecker, LowRank(numbers(4, columns), numbers(rows, 4), 0.3), hadamard]
         active[block.img_mod[1]] = [HighRank((numbers(2, 4), numbers(6 * rows // 2, columns // 4)), 0.1)]
+    before = bits(model)
     fused, without = FusedLoras(model), velocity(model)
     wanted = velocity(model, active)
     fused.fuse("high", active, host)
     off = change(velocity(model, beside(fused, active)), without, wanted)
     assert off < {None: 1e-4, "fp8": 0.4, "int8": 0.2}[form]
     assert len(beside(fused, active)) == len(model.transformer_blocks)
+    fused.restore()
+    assert same(model, before)
 
 
 def test_what_a_kronecker_and_a_hadamard_product_are():

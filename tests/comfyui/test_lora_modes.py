@@ -159,7 +159,7 @@ def test_the_next_edit_finds_them_in_the_weights(client, server, graph):
     assert times_fused() == before
 
 
-def test_a_product_of_high_rank_needs_the_weights(client, graph, models):
+def test_a_product_of_high_rank_needs_the_weights(client, graph, resident, models):
     save_file(loha_state(rank=32), models / "loras" / "high.safetensors")
     with pytest.raises(ExecutionFailed, match=r"\[QE_LORA\] high.*rank above 256.*Choose mode auto or fused"):
         client.run(switched(graph, "high.safetensors", "resident"))
@@ -169,6 +169,7 @@ def test_a_product_of_high_rank_needs_the_weights(client, graph, models):
     )
     expected = edited(client, changed(native, "sampler", model=["native", 0]))
     assert close(edited(client, switched(graph, "high.safetensors", "auto")), expected)
+    assert np.array_equal(edited(client, graph), resident[None])
 
 
 def test_an_unknown_mode_is_refused(client, graph):
