@@ -13,11 +13,13 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from comfy_host import Host, HostError, add_host_arguments, cache_folder, find_comfyui, run_as_script, say
 
@@ -25,8 +27,10 @@ from comfy_host import Host, HostError, add_host_arguments, cache_folder, find_c
 ROOM_FOR_ALL = 44
 SMALL = 16
 DESKTOP_SHARE = 1.0
+ORDER = "CUDA_DEVICE_ORDER"
 
-# Prints one JSON line: which of the options exist, and what the parser says about all arguments together.
+# Prints one JSON line: which of the options exist, which exclude each other, and what the parser says about all
+# arguments together.
 ASK_PARSER = """
 import contextlib, io, json, sys
 flags, sys.argv = sys.argv[1:], sys.argv[:1]
@@ -38,7 +42,9 @@ try:
         parser.parse_args(flags)
 except SystemExit:
     pass
-print(json.dumps({"known": known, "error": said.getvalue().strip().splitlines()[-1:]}))
+groups = [[name for action in group._group_actions for name in action.option_strings]
+          for group in parser._mutually_exclusive_groups]
+print(json.dumps({"known": known, "groups": groups, "error": said.getvalue().strip().splitlines()[-1:]}))
 """
 
 
@@ -79,7 +85,8 @@ def find_card(python: Path, index: int) -> Card:
         f"import torch; p = torch.cuda.get_device_properties({index}) if torch.cuda.is_available() else None\n"
         "print(p.name if p else 'none', p.total_memory if p else 0, sep='\\t')"
     )
-    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False)
+    environment = os.environ | {ORDER: "PCI_BUS_ID"}
+    found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=environment)
     if found.returncode:
         return Card("none", 0)
     name, size = found.stdout.strip().split("\t")
@@ -127,6 +134,8 @@ def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
         Choice(("HF_HUB_OFFLINE=1",), "this pack reads local files only; an attempt to download fails at once"),
         Choice(("PYTHONUNBUFFERED=1",), "the log appears when it is written"),
     ]
+    if card.memory:
+        environment.insert(0, Choice((f"{ORDER}=PCI_BUS_ID",), "numbers cards as nvidia-smi does"))
     return Plan(tuple(flags), tuple(environment), profile)
 
 
@@ -135,17 +144,19 @@ def checked(host: Host, flags: Sequence[Choice], extra: Sequence[str]) -> tuple[
 
     Raises HostError when its parser refuses the rest, or `extra`, or both together.
     """
-    known = set(_ask(host, [word for choice in flags for word in choice.words])["known"])
-    kept = [choice for choice in flags if choice.words[0] in known]
-    # A flag that a person gives wins over the same flag of ours.
-    kept = [choice for choice in kept if choice.words[0] not in extra]
+    answer = _ask(host, [word for choice in flags for word in choice.words])
+    known = set(answer["known"])
+    # A flag that a person gives wins over the same flag of ours, and over one that it excludes.
+    given = {word.partition("=")[0] for word in extra}
+    given |= {name for group in answer["groups"] if given & set(group) for name in group}
+    kept = [choice for choice in flags if choice.words[0] in known - given]
     error = _ask(host, [word for choice in kept for word in choice.words] + list(extra))["error"]
     if error:
         raise HostError(f"ComfyUI in {host.comfyui} does not take these flags: {error[0]}")
     return kept, [choice for choice in flags if choice.words[0] not in known]
 
 
-def _ask(host: Host, words: list[str]) -> dict[str, list[str]]:
+def _ask(host: Host, words: list[str]) -> dict[str, Any]:
     answer = subprocess.run(
         [host.python, "-c", ASK_PARSER, *words], cwd=host.comfyui, capture_output=True, text=True, check=False
     )
@@ -181,7 +192,8 @@ def main() -> int:
     comfyui = find_comfyui(options.comfyui, cache_folder())
     if comfyui is None:
         raise HostError("Which ComfyUI? Give its folder with --comfyui, or set COMFYUI_PATH.")
-    host = Host(Path(options.python or sys.executable), comfyui)
+    python = options.python or sys.executable
+    host = Host(Path(shutil.which(python) or python).absolute(), comfyui)  # not resolved: a venv's is a link
     card = Card(options.card, options.memory) if options.card else find_card(host.python, options.device)
     chosen = plan(card, options.device, options.headless)
     kept, lacking = checked(host, chosen.flags, options.extra)

@@ -208,19 +208,31 @@ class ManifestRun:
     def _fill(self, client: ComfyClient) -> None:
         while len(self._queued) < (1 if self._alone else QUEUED) and (tasks := self._chunk()):
             try:
-                self._queued.append(Queued(self._queue(client, tasks), tasks))
+                if rows := self._upload(client, tasks):
+                    self._queued.append(Queued(self._queue(client, rows), tasks))
             except BaseException:
                 self._again.extendleft(reversed(tasks))
                 raise
 
-    def _queue(self, client: ComfyClient, tasks: Sequence[Task]) -> str:
+    def _upload(self, client: ComfyClient, tasks: list[Task]) -> list[str]:
+        """The manifest's lines for these items, whose pictures are on the server then; what can't be sent leaves the list."""
         rows = []
-        for task in tasks:
-            names = [
-                PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
-                for path, key in zip(task.paths, task.hashes, strict=True)
-            ]
+        for task in list(tasks):
+            try:
+                names = [
+                    PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
+                    for path, key in zip(task.paths, task.hashes, strict=True)
+                ]
+            except ServerUnreachable:
+                raise
+            except (ComfyError, OSError) as error:  # it was deleted meanwhile, or is larger than the server takes
+                tasks.remove(task)
+                self.fail(task, f"a picture can't be sent: {error}")
+                continue
             rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
+        return rows
+
+    def _queue(self, client: ComfyClient, rows: Sequence[str]) -> str:
         manifest = "\n".join(rows).encode()
         workflow = copy.deepcopy(self._workflow)
         workflow[self._node]["inputs"]["source"] = client.upload(

@@ -11,6 +11,7 @@ being started again. The exit status is 0 when every item is done, 1 when one fa
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 import tempfile
 import time
@@ -38,11 +39,16 @@ class RayRun:
 
     def __init__(self, run: ManifestRun, output: Path, workers: list[Any], show: Callable[[Summary, bool], None]):
         self._run, self._output, self._workers, self._show = run, output, workers, show
+        self._alive = list(workers)
         self._under_way: dict[Any, tuple[Any, list[Task]]] = {}
         self._again: deque[list[Task]] = deque()
 
     def finish(self) -> Summary:
-        """Do it all; the summary is the manifest run's."""
+        """Do it all; the summary is the manifest run's.
+
+        Raises:
+            JobError: no worker is left that can start its server.
+        """
         summary, begin = self._run.summary, time.monotonic()
         tasks = self._run.plan()
         for worker in self._workers * CALLS:
@@ -53,7 +59,12 @@ class RayRun:
             try:
                 self._take(parcel, ray.get(done))
             except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
-                if len(parcel) > 1:  # one of them may be the cause
+                if (why := self._gone(worker)) is not None:  # then its items are not the cause
+                    self._again.append(parcel)
+                    if not self._alive:
+                        raise JobError(f"No worker is left; start the run again to go on where it was. {why}") from None
+                    worker = self._alive[len(self._under_way) % len(self._alive)]
+                elif len(parcel) > 1:  # one of them may be the cause
                     self._again += [[task] for task in parcel]
                 else:
                     self._run.fail(parcel[0], f"its worker failed {RETRIES + 1} times: {str(error).splitlines()[-1]}")
@@ -63,10 +74,28 @@ class RayRun:
         self._show(summary, True)
         return summary
 
+    def _gone(self, worker: Any) -> str | None:
+        """Why this worker can't start its server again, after which it gets nothing more; None: it can."""
+        try:
+            ray.get(worker.ready.remote())
+            return None
+        except ray.exceptions.RayError as error:
+            if worker in self._alive:
+                self._alive.remove(worker)
+            return str(error).splitlines()[-1]
+
     def _hand_out(self, worker: Any, tasks: Iterator[Task]) -> None:
-        parcel = self._again.popleft() if self._again else list(islice(tasks, PARCEL))
-        if parcel:
-            self._under_way[worker.edit.remote(pack(parcel))] = worker, parcel
+        while parcel := self._again.popleft() if self._again else list(islice(tasks, PARCEL)):
+            try:
+                packed = pack(parcel)
+            except OSError as error:  # a picture was deleted meanwhile
+                if len(parcel) == 1:
+                    self._run.fail(parcel[0], f"a picture can't be read: {error}")
+                else:
+                    self._again += [[task] for task in parcel]
+                continue
+            self._under_way[worker.edit.remote(packed)] = worker, parcel
+            return
 
     def _take(self, parcel: list[Task], delivered: Delivered) -> None:
         for task in parcel:
@@ -112,8 +141,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
     parser.add_argument("--model-paths", type=Path, metavar="FILE", help="ComfyUI's --extra-model-paths-config")
     parser.add_argument(
-        "--work", type=Path, default=Path(tempfile.gettempdir(), "qwen_edit_ray"), metavar="PATH",
-        help="folder for the workers' files (default: %(default)s)",
+        "--work", type=Path, metavar="PATH",
+        help="folder for the workers' files, which stay (default: a new one, removed at the end on this machine)",
     )  # fmt: skip
     add_host_arguments(parser)
     return parser.parse_args()
@@ -128,14 +157,20 @@ def main() -> int:
     host = prepare_host(options.comfyui, options.python or sys.executable)
     extra = ["--extra-model-paths-config", str(options.model_paths.resolve())] if options.model_paths else []
     ray.init(options.address, include_dashboard=False, num_cpus=options.cpus, log_to_driver=False)
+    work = options.work.resolve() if options.work else Path(tempfile.mkdtemp(prefix="qwen_edit_ray_"))
     try:
-        count = options.cpus or options.gpus or int(ray.cluster_resources().get("GPU", 0))
-        if not count:
-            raise JobError("Ray finds no GPU. Name a number with --gpus, or try it on the CPU with --cpus.")
-        workers = start_workers(count, bool(options.cpus), host, options.work.resolve(), workflow, extra)
+        there = int(ray.cluster_resources().get("GPU", 0))
+        count = options.cpus or options.gpus or there
+        if not options.cpus and not 0 < count <= there:  # Ray would wait for them without end
+            raise JobError(
+                f"Ray finds {there} GPUs. Name at most as many with --gpus, or try it on the CPU with --cpus."
+            )
+        workers = start_workers(count, bool(options.cpus), host, work, workflow, extra)
         RayRun(run, options.output, workers, BatchBar().show).finish()
     finally:
         ray.shutdown()
+        if not options.work:
+            shutil.rmtree(work, ignore_errors=True)
         for bad in run.summary.failed:
             print(bad.reason, file=sys.stderr)
         say(run.summary.text())

@@ -38,7 +38,7 @@ def test_what_this_comfyui_lacks_is_left_out_and_named(comfyui: Host):
     assert checked(comfyui, [old, Choice(("--highvram",), "")], []) == ([Choice(("--highvram",), "")], [old])
 
 
-@pytest.mark.parametrize("extra", [["--gpu-device-id", "0"], ["--disable-xformers=1"], ["--lowvram"]])
+@pytest.mark.parametrize("extra", [["--gpu-device-id", "0"], ["--disable-xformers=1"], ["--lowvram", "--novram"]])
 def test_what_its_parser_refuses_is_refused(comfyui: Host, extra: list[str]):
     with pytest.raises(HostError, match="does not take these flags"):
         checked(comfyui, [Choice(("--highvram",), "")], extra)
@@ -47,6 +47,15 @@ def test_what_its_parser_refuses_is_refused(comfyui: Host, extra: list[str]):
 def test_a_flag_given_by_hand_wins(comfyui: Host):
     flags = [Choice(("--preview-method", "latent2rgb"), "")]
     assert checked(comfyui, flags, ["--preview-method", "none"]) == ([], [])
+    assert checked(comfyui, flags, ["--preview-method=none"]) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("ours", "given"), [("--highvram", "--lowvram"), ("--use-pytorch-cross-attention", "--use-sage-attention")]
+)
+def test_a_flag_given_by_hand_wins_over_one_that_it_excludes(comfyui: Host, ours: str, given: str):
+    cpu = Choice(("--disable-auto-launch",), "")
+    assert checked(comfyui, [Choice((ours,), ""), cpu], [given]) == ([cpu], [])
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -28,6 +28,7 @@ import nodes
 from ...qwen_edit.errors import INPUT, LORA, WEIGHTS
 from ...qwen_edit.geometry import calculate_dimensions
 from ...qwen_edit.manifest import Item, Refused, contained, digest, hash_bytes, is_picture, result_name
+from ...qwen_edit.perf import stage
 from ...qwen_edit.recipes import Recipe
 from . import notes, sampling, status
 from .batch_files import check_size, read_picture, write_png
@@ -147,7 +148,8 @@ class Batch:
                 ahead.append(self._reader.submit(self._read, item))
             if not ahead:
                 break
-            read = ahead.popleft().result()
+            with stage("preprocess"):
+                read = ahead.popleft().result()
             if isinstance(read, Ready):
                 wave.append(read)
             elif isinstance(read, There):
@@ -205,7 +207,8 @@ class Batch:
         encoded = []
         for ready in wave:
             try:
-                positive, negative, latent, said = self._encoder.encode(ready.edit, ready.pixels)
+                with stage("preprocess"):
+                    positive, negative, latent, said = self._encoder.encode(ready.edit, ready.pixels)
             except Exception as error:
                 self._fail_or_raise(ready.item, error, "encoded")
                 continue
@@ -235,11 +238,13 @@ class Batch:
         seeds = [one.ready.item.seed for one in group]
         positive, negative = (sampling.join([getattr(one, side) for one in group]) for side in ("positive", "negative"))
         try:
-            sampled = sampling.sample(
-                self.model, positive, negative, latent, self.settings.recipe, seeds, self._show_step(len(group))
-            )
+            with stage("denoise"):
+                sampled = sampling.sample(
+                    self.model, positive, negative, latent, self.settings.recipe, seeds, self._show_step(len(group))
+                )
             decode = nodes.VAEDecode().decode
-            pictures = [decode(self.vae, {"samples": samples})[0][0] for samples in sampled["samples"].split(1)]
+            with stage("decode"):
+                pictures = [decode(self.vae, {"samples": samples})[0][0] for samples in sampled["samples"].split(1)]
         except Exception as error:
             if len(group) == 1:
                 self._fail_or_raise(group[0].ready.item, error, "edited")
@@ -280,7 +285,8 @@ class Batch:
         while len(self._unwritten) > left or (self._unwritten and self._unwritten[0][1].done()):
             item, future = self._unwritten.popleft()
             try:
-                name = future.result()
+                with stage("save"):
+                    name = future.result()
             except OSError as error:
                 raise OSError(
                     f"The results can't be written: {error.strerror}. Queue the same batch again to go on where it was."

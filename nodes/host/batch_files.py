@@ -28,6 +28,7 @@ from ...qwen_edit.manifest import (
     remove_leftovers,
     temporary_path,
 )
+from ...qwen_edit.resample import to_rgb
 
 MAX_PIXELS = 120_000_000  # as float32 1.4 GB; PIL itself begins to refuse at 179 million
 
@@ -84,10 +85,14 @@ def check_size(name: str, path: Path) -> None:
 
 
 def read_picture(name: str, content: str) -> torch.Tensor:
-    """The picture as Load Image reads it, ``[1, H, W, C]``; ``content`` tells the cache when it has changed."""
+    """The picture as Load Image reads it, composited over white where it is transparent, ``[1, H, W, 3]``; of an animation
+    the first. ``content`` tells the cache when it has changed."""
     del content
-    images, _ = nodes.LoadImage().load_image(name)  # pyright: ignore[reportAttributeAccessIssue]
-    return images[:1]  # of an animation its first picture
+    images, masks = nodes.LoadImage().load_image(name)  # pyright: ignore[reportAttributeAccessIssue]
+    image, mask = images[:1], masks[:1]
+    if mask.shape[1:] != image.shape[1:3]:  # it has no alpha
+        return image
+    return to_rgb(torch.cat([image[..., :3], 1.0 - mask.unsqueeze(-1)], dim=-1), name)
 
 
 def write_png(path: Path, picture: torch.Tensor, texts: dict[str, Any]) -> str:

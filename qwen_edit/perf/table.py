@@ -16,8 +16,8 @@ _BY_CLASS = {
         "EmptySD3LatentImage EmptyQwenImageLayeredLatentImage ConditioningZeroOut ReferenceLatent"
     ),
     "denoise": (
-        "QwenEditSampler QwenEditStepSweep KSampler KSamplerAdvanced SamplerCustom SamplerCustomAdvanced QwenEditStepPreset "
-        "ModelSamplingAuraFlow CFGNorm BasicScheduler BasicGuider CFGGuider KSamplerSelect RandomNoise"
+        "QwenEditSampler QwenEditStepSweep QwenEditBatch KSampler KSamplerAdvanced SamplerCustom SamplerCustomAdvanced "
+        "QwenEditStepPreset ModelSamplingAuraFlow CFGNorm BasicScheduler BasicGuider CFGGuider KSamplerSelect RandomNoise"
     ),
     "decode": "VAEDecode VAEDecodeTiled",
     "postprocess": "QwenEditRestoreSize ImageUpscaleWithModel ImageCompositeMasked",

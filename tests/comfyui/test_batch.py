@@ -12,6 +12,7 @@ from batches import batch_graph, put_manifest, put_pictures, report, results
 from comfy_client import ExecutionFailed, Interrupted
 from edits import PROMPT, changed, edited, picture, small_edit
 from PIL import Image
+from test_perf_report_node import log_line
 
 pytestmark = pytest.mark.server
 
@@ -229,3 +230,30 @@ def test_status_says_what_was_done_and_leaks_no_path(client, server):
     assert str(server.work) not in json.dumps(status)
     client.free()
     client.get("/queue")
+
+
+def test_a_transparent_picture_is_composited_over_white(client, server):
+    colours = picture(0)
+    alpha = np.linspace(0, 1, colours.shape[1], dtype=np.float32)[None, :, None].repeat(len(colours), 0).round(1)
+    pixels = (np.concatenate([colours, alpha], -1) * 255).round().astype(np.uint8)
+    folder = server.input / "transparent"
+    folder.mkdir()
+    Image.fromarray(pixels).save(folder / "a.png")
+    client.run(batch_graph("transparent", "transparent"), timeout_s=120)
+    (path,) = results(server, "transparent")
+    exact = pixels.astype(np.float32) / 255
+    over_white = exact[..., :3] * exact[..., 3:] + 1 - exact[..., 3:]
+    single = edited(client, small_edit(client, over_white))
+    assert np.abs(from_file(path.read_bytes()) - single).max() <= 3 / 255  # the single's picture was rounded to 8 bits
+
+
+def test_the_log_tells_encoding_sampling_and_decoding_apart(client, server):
+    put_pictures(server, "timed", "a.png", "b.png")
+    graph = batch_graph("timed", "timed", together=1)
+    graph["log"] = {"class_type": "QwenEditPerfLogger", "inputs": {"value": ["batch", 0], "label": "batch"}}
+    prompt_id = client.queue(graph)
+    client.wait(prompt_id, timeout_s=120)
+    record = log_line(server, prompt_id)
+    assert all(record["stages"][name]["ms"] > 0 for name in ("preprocess", "denoise", "decode"))
+    (node,) = (node for node in record["nodes"] if node["class_type"] == "QwenEditBatch")
+    assert node["steps"]["count"] == 2 * 2

@@ -11,12 +11,16 @@ from collections import Counter
 
 import psutil
 import pytest
-from array_client import from_file
+from array_client import from_file, to_png
 from batches import batch_graph
 from comfy_host import REPO
+from edit_job import JobError
+from edit_worker import Delivered
+from edits import picture
 from killing import make_manifest
+from manifest_run import ManifestRun
 
-pytest.importorskip("ray")
+ray = pytest.importorskip("ray")
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 ITEMS = 40
 
@@ -68,3 +72,61 @@ def name_of(process: psutil.Process) -> str:
         return " ".join(process.cmdline())
     except psutil.Error:
         return ""
+
+
+class Working:
+    """Delivers each item at once."""
+
+    def ready(self) -> int:
+        return os.getpid()
+
+    def edit(self, parcel) -> Delivered:
+        return Delivered({task.result: to_png(picture(0)) for task in parcel.tasks}, {})
+
+
+class Gone(Working):
+    """As a worker whose ComfyUI can't be started again."""
+
+    def ready(self) -> int:
+        raise OSError("no card")
+
+    def edit(self, parcel) -> Delivered:
+        raise OSError("no card")
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """Runs a manifest of 20 items, one of whose pictures goes away, on workers of these classes."""
+    paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
+    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=paths)
+
+    def finish(*classes):
+        from ray_edit import RayRun
+
+        manifest = make_manifest(tmp_path / "pictures", 20, side=64)
+        run = ManifestRun(batch_graph("", "ray"), manifest, tmp_path / "edited")
+        workers = [ray.remote(each).options(num_cpus=0).remote() for each in classes]
+        shown = []
+
+        def show(summary, final):
+            shown.append(final)
+            if len(shown) == 1:
+                (tmp_path / "pictures" / "picture19.png").unlink()
+
+        return RayRun(run, tmp_path / "edited", workers, show).finish()
+
+    yield finish
+    ray.shutdown()
+
+
+def test_a_worker_that_cannot_start_again_takes_no_items_with_it(finished, tmp_path):
+    summary = finished(Gone, Working)
+    assert summary.written == len(list((tmp_path / "edited").iterdir())) == 19
+    (bad,) = summary.failed
+    assert "picture19.png" in bad.reason
+
+
+def test_a_run_without_workers_ends_and_blames_no_item(finished, tmp_path):
+    with pytest.raises(JobError, match=r"No worker is left.*no card"):
+        finished(Gone, Gone)
+    assert not list((tmp_path / "edited").iterdir())
