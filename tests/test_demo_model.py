@@ -130,3 +130,9 @@ def test_exact_instructions_on_a_photograph_never_seen(pipeline, name):
     wrong = psnr(edit(pipeline, [picture], EXACT["invert"].prompts[0]), answer)
     assert right >= 22
     assert right >= wrong + 6
+
+
+def test_it_is_in_the_registry_package():
+    """The templates open with it, so who installs by ComfyUI Manager needs it too."""
+    ignored = (FOLDER.parent / ".comfyignore").read_text("utf-8").splitlines()
+    assert not [line for line in ignored if line.startswith("demo_model")]

@@ -27,8 +27,9 @@ from ...qwen_edit.transformer import Forward
 from . import folders, notes
 from .doctor import keep_facts, report
 from .facts import native_model_facts
+from .forward import run_forward
 from .lora import LoraTarget, active_adapters, modulation_key
-from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured, run_forward
+from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured
 
 KEY = "qwen_edit_accelerate"
 NATIVE_FORWARD = QwenImageTransformer2DModel._forward

@@ -17,7 +17,8 @@ from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .doctor import report
 from .facts import facts_of_model, log_run, run_facts
-from .model import STEPS, HostTransformer, KnownSteps, with_positions
+from .forward import STEPS, KnownSteps
+from .model import HostTransformer, with_positions
 from .status import count
 
 
