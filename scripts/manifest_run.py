@@ -223,11 +223,9 @@ class ManifestRun:
                     PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
                     for path, key in zip(task.paths, task.hashes, strict=True)
                 ]
-            except ServerUnreachable:
-                raise
-            except (ComfyError, OSError) as error:  # it was deleted meanwhile, or is larger than the server takes
+            except OSError as error:  # it was deleted meanwhile; what the server says stops the run, and blames no item
                 tasks.remove(task)
-                self.fail(task, f"a picture can't be sent: {error}")
+                self.fail(task, f"a picture can't be read: {error}")
                 continue
             rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
         return rows
