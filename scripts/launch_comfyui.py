@@ -149,6 +149,7 @@ def checked(host: Host, flags: Sequence[Choice], extra: Sequence[str]) -> tuple[
     # A flag that a person gives wins over the same flag of ours, and over one that it excludes.
     given = {word.partition("=")[0] for word in extra}
     given |= {name for group in answer["groups"] if given & set(group) for name in group}
+    given.discard("--cpu")  # ours says that there is no card: the parser refuses what needs one
     kept = [choice for choice in flags if choice.words[0] in known - given]
     error = _ask(host, [word for choice in kept for word in choice.words] + list(extra))["error"]
     if error:

@@ -38,8 +38,7 @@ class RayRun:
     """A manifest on Ray's workers. Ray must be initialised."""
 
     def __init__(self, run: ManifestRun, output: Path, workers: list[Any], show: Callable[[Summary, bool], None]):
-        self._run, self._output, self._workers, self._show = run, output, workers, show
-        self._alive = list(workers)
+        self._run, self._output, self._alive, self._show = run, output, list(workers), show
         self._under_way: dict[Any, tuple[Any, list[Task]]] = {}
         self._again: deque[list[Task]] = deque()
 
@@ -51,7 +50,7 @@ class RayRun:
         """
         summary, begin = self._run.summary, time.monotonic()
         tasks = self._run.plan()
-        for worker in self._workers * CALLS:
+        for worker in self._alive * CALLS:
             self._hand_out(worker, tasks)
         while self._under_way:
             (done,), _ = ray.wait(list(self._under_way), num_returns=1)
@@ -142,7 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model-paths", type=Path, metavar="FILE", help="ComfyUI's --extra-model-paths-config")
     parser.add_argument(
         "--work", type=Path, metavar="PATH",
-        help="folder for the workers' files, which stay (default: a new one, removed at the end on this machine)",
+        help="folder for the workers' files, which stay (default: a new one, removed on this machine when all is done)",
     )  # fmt: skip
     add_host_arguments(parser)
     return parser.parse_args()
@@ -169,7 +168,9 @@ def main() -> int:
         RayRun(run, options.output, workers, BatchBar().show).finish()
     finally:
         ray.shutdown()
-        if not options.work:
+        if run.summary.failed or run.summary.left:
+            say(f"The workers' logs and results are in {work}")
+        elif not options.work:
             shutil.rmtree(work, ignore_errors=True)
         for bad in run.summary.failed:
             print(bad.reason, file=sys.stderr)

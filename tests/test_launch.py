@@ -54,8 +54,13 @@ def test_a_flag_given_by_hand_wins(comfyui: Host):
     ("ours", "given"), [("--highvram", "--lowvram"), ("--use-pytorch-cross-attention", "--use-sage-attention")]
 )
 def test_a_flag_given_by_hand_wins_over_one_that_it_excludes(comfyui: Host, ours: str, given: str):
-    cpu = Choice(("--disable-auto-launch",), "")
-    assert checked(comfyui, [Choice((ours,), ""), cpu], [given]) == ([cpu], [])
+    other = Choice(("--disable-auto-launch",), "")
+    assert checked(comfyui, [Choice((ours,), ""), other], [given]) == ([other], [])
+
+
+def test_without_a_card_a_flag_for_cards_is_refused(comfyui: Host):
+    with pytest.raises(HostError, match="does not take these flags"):
+        checked(comfyui, plan(Card("none", 0)).flags, ["--lowvram"])
 
 
 def instructions() -> list[tuple[str, str]]:

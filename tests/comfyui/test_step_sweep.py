@@ -87,9 +87,8 @@ def test_progress_runs_over_all_points_and_a_cancel_leaves_nothing(client: Array
     prompt_id = client.queue(fresh(swept(graph, "80, 120")))
 
     def on_event(event):
-        if (
-            event.type == "progress" and event.data["node"] == "sweep" and event.data["value"] >= 2
-        ):  # not every one is sent
+        # not every value is sent
+        if event.type == "progress" and event.data["node"] == "sweep" and event.data["value"] >= 2:
             client.interrupt(prompt_id)
 
     with pytest.raises(Interrupted):
