@@ -13,6 +13,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
 from ...qwen_edit.doctor import examine_model, examine_run
 from ...qwen_edit.errors import INPUT, NAN
+from ...qwen_edit.finite import all_finite
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .doctor import report
@@ -160,13 +161,13 @@ def native_latent(model, latent: dict) -> dict:
             f"{INPUT} The LATENT is {list(samples.shape)}; this model needs [batch, 16, 1, height/8, width/8]."
             " Connect the one from QwenEditEncode."
         )
-    if not torch.isfinite(samples).all():
+    if not all_finite(samples):
         raise ValueError(f"{NAN} The LATENT that goes in holds NaN or infinity.")
     return {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")} | {"samples": samples}
 
 
 def check_finite(samples: torch.Tensor, model) -> None:
-    if torch.isfinite(samples).all():
+    if all_finite(samples):
         return
     transformer: HostTransformer = model.model.diffusion_model
     precision = transformer.precision
