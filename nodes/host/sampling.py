@@ -95,8 +95,8 @@ def sample(
         recipe.true_cfg_scale,
         comfy.samplers.sampler_object("euler"),
         sigmas,
-        positive,
-        negative,
+        _on_card(positive, prepared.load_device),
+        _on_card(negative, prepared.load_device),
         samples,
         noise_mask=latent.get("noise_mask"),
         callback=_counted(callback or latent_preview.prepare_callback(prepared, recipe.steps), steps),
@@ -105,6 +105,17 @@ def sample(
     check_finite(result, model)
     count("edits", len(result))
     return latent | {"samples": result}
+
+
+def _on_card(conditioning: list, device: torch.device) -> list:
+    """Text and references where the forward takes them. From RAM ComfyUI joins and copies them in every step, and as that
+    memory is not pinned, the next step is prepared only when the card is done with the one before."""
+    result = []
+    for embeds, values in conditioning:
+        if "reference_latents" in values:
+            values = values | {"reference_latents": [latent.to(device) for latent in values["reference_latents"]]}
+        result.append([embeds.to(device), values])
+    return result
 
 
 def join(conditionings: Sequence[list]) -> list:
