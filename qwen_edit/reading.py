@@ -5,6 +5,8 @@ the page cache, busy while the tensors before are copied to the card and quantiz
 that few buffers are enough: memory that is touched for the first time costs as much as reading into it.
 """
 
+import contextlib
+import mmap
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +20,11 @@ from safetensors import safe_open
 from .gguf import SUFFIX
 
 WORKERS = 8
-PART = 16 * 2**20  # bytes that one thread reads at once
+PART = 8 * 2**20  # bytes that one thread reads at once
 LARGE = 2**20  # tensors above this have buffers of the largest one's size, of which there are few
-LARGE_BUFFERS = 3  # one in use, one complete, one being read
+LARGE_BUFFERS = 5  # one in use, one complete, three being read
+AHEAD = 4 * WORKERS  # tensors that are being read or wait for their use; most are small
+HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
         ],
         False: [
             torch.empty(min(largest, LARGE), dtype=torch.uint8, pin_memory=pinned)
-            for _ in range(WORKERS if any_small else 0)
+            for _ in range(AHEAD if any_small else 0)
         ],
     }
     with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
@@ -80,13 +84,13 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
         remaining = deque(wanted.items())
         try:
             while remaining or pending:
-                while remaining and len(pending) < WORKERS:
+                while remaining and len(pending) < AHEAD:
                     name, stored = remaining[0]
                     buffers = free[stored.nbytes > LARGE]
                     if not stored.keep and not buffers:
                         break
                     remaining.popleft()
-                    buffer = torch.empty(stored.nbytes, dtype=torch.uint8) if stored.keep else buffers.pop()
+                    buffer = _memory(stored.nbytes) if stored.keep else buffers.pop()
                     starts = range(0, max(1, stored.nbytes), PART)
                     pending.append((name, buffer, [pool.submit(_read, stored, buffer, start) for start in starts]))
                 name, buffer, parts = pending.popleft()
@@ -100,6 +104,17 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
             free.clear()
             if pinned and hasattr(torch._C, "_host_emptyCache"):  # else torch keeps the buffers page-locked for good
                 torch._C._host_emptyCache()
+
+
+def _memory(nbytes: int) -> torch.Tensor:
+    """Fresh memory, of huge pages where the system has them: touching it for the first time page by page takes longer than
+    reading into it."""
+    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(nbytes, dtype=torch.uint8)
+    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
 
 
 def read_now(stored: Stored) -> torch.Tensor:

@@ -53,7 +53,7 @@ def test_what_is_kept_is_not_overwritten(files):
 
 
 def test_few_buffers_serve_many_tensors(files, monkeypatch):
-    monkeypatch.setattr(reading, "WORKERS", 2)
+    monkeypatch.setattr(reading, "AHEAD", 2)
     places = {tensor.data_ptr() for _, tensor in read_ahead(stored(files), pinned=False)}
     assert len(places) == 2
 
