@@ -35,7 +35,8 @@ from edit_job import WORKFLOWS
 from edit_worker import EditWorker, Parcel, pack
 from environment import environment, keep
 from full_size import picture
-from manifest_run import ManifestRun, Summary, Task, load_batch_workflow
+from manifest_run import ManifestRun, Task, load_batch_workflow
+from run_summary import Summary
 
 EVERY_MS = 100
 WARM_ITEMS = 2
