@@ -552,3 +552,14 @@ def test_device_time_is_measured_without_waiting():
     assert device_info["name"] == torch.cuda.get_device_name()
     assert "utilisation_mean" in device_info or device_info["utilisation_missing"]
     assert "KSampler: 8 steps" in perf.stage_table(record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nvml_is_asked_about_the_card_that_torch_uses():
+    pynvml = pytest.importorskip("pynvml")
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        torch.zeros(1, device=device)
+        monitor = perf.Monitor(device)
+        assert monitor._handle is not None, monitor.device()
+        assert pynvml.nvmlDeviceGetPciInfo(monitor._handle).bus == torch.cuda.get_device_properties(device).pci_bus_id
