@@ -35,7 +35,8 @@ from edit_job import WORKFLOWS
 from edit_worker import EditWorker, Parcel, pack
 from environment import environment, keep
 from full_size import picture
-from manifest_run import ManifestRun, Summary, Task, load_batch_workflow
+from manifest_run import ManifestRun, Task, load_batch_workflow
+from run_summary import Summary
 
 EVERY_MS = 100
 WARM_ITEMS = 2
@@ -66,8 +67,14 @@ def make_items(folder: Path, count: int, side: int, first_seed: int = 0) -> Path
     return path
 
 
+def visible_cards() -> list[str]:
+    """The cards that CUDA_VISIBLE_DEVICES leaves, as numbers or UUIDs; empty when it does not say."""
+    return [card.strip() for card in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if card.strip()]
+
+
 class Utilisation:
-    """nvidia-smi's utilization.gpu of the first card, as (time, percent), while it is open; empty without nvidia-smi."""
+    """nvidia-smi's utilization.gpu of the first card that CUDA sees, as (time, percent), while it is open; empty without
+    nvidia-smi."""
 
     def __init__(self) -> None:
         self.samples: list[tuple[float, float]] = []
@@ -76,7 +83,7 @@ class Utilisation:
         query = [
             "nvidia-smi",
             "-i",
-            "0",
+            next(iter(visible_cards()), "0"),
             "--query-gpu=utilization.gpu",
             "--format=csv,noheader,nounits",
             f"-lms={EVERY_MS}",
@@ -96,7 +103,8 @@ class Utilisation:
 
     def _listen(self, lines: Any) -> None:
         for line in lines:
-            self.samples.append((time.monotonic(), float(line)))
+            if line.strip().isdigit():  # it also says why it can't tell
+                self.samples.append((time.monotonic(), float(line)))
 
     def mean(self, begin: float, end: float) -> float | None:
         found = [percent for at, percent in self.samples if begin <= at <= end]
@@ -158,7 +166,8 @@ class PlainWorker:
 
 
 def _serve(number: int, arguments: tuple[Any, ...], parcels: Any, results: Any) -> None:
-    os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
+    cards = visible_cards()
+    os.environ["CUDA_VISIBLE_DEVICES"] = cards[number] if cards else str(number)
     worker = EditWorker(*arguments)
     results.put("ready")
     while True:
@@ -274,6 +283,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, help="folder for it (default: benchmarks/results)")
     parser.add_argument("--front-end-root", type=Path, help="for a ComfyUI without its front end package")
     options = parser.parse_args()
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # numbers are nvidia-smi's
     options.side = options.side or (128 if options.demo else 1024)
     host = Host(Path(sys.executable), options.comfyui.resolve())
     with tempfile.TemporaryDirectory() as folder:

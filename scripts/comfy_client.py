@@ -26,6 +26,8 @@ RECONNECT_S = 10  # How long a server that was there may be away before it count
 MOST_EVENTS = 50_000  # that a client keeps: a queue that runs all night brings millions
 PREVIEW_EVENT, TEXT_EVENT = 1, 3  # ComfyUI's BinaryEventTypes.PREVIEW_IMAGE and TEXT
 
+PROXY_FINDS_NOTHING = (502, 503, 504)
+
 # A proxy for the internet must not be asked for a server on this machine or network.
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -35,7 +37,15 @@ class ComfyError(RuntimeError):
 
 
 class ServerUnreachable(ComfyError):
-    """Nothing answers at the server's address."""
+    """Nothing answers at the server's address, or the connection broke off, or a proxy finds nothing behind it."""
+
+
+class RequestRefused(ComfyError):
+    """ComfyUI answered a request with an HTTP status that is an error."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status
 
 
 class PromptRejected(ComfyError):
@@ -197,6 +207,8 @@ class ComfyClient:
             with _OPENER.open(request, timeout=60) as answer:
                 return answer.read()
         except urllib.error.HTTPError as error:
+            if error.code in PROXY_FINDS_NOTHING:
+                raise self._unreachable(error) from None
             raise _readable(path, error.code, error.read()) from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
             raise self._unreachable(error) from None
@@ -328,7 +340,7 @@ def _readable(path: str, status: int, body: bytes) -> ComfyError:
         assert isinstance(error, dict)
     except (ValueError, KeyError, TypeError, AssertionError):
         text = body.decode(errors="replace").strip()
-        return ComfyError(f"ComfyUI answered {path} with status {status}: {text[:500] or '(nothing)'}")
+        return RequestRefused(f"ComfyUI answered {path} with status {status}: {text[:500] or '(nothing)'}", status)
     lines = [f"ComfyUI refused the workflow: {_join(error)}"]
     node_errors = document.get("node_errors") or {}
     for node, report in node_errors.items():

@@ -67,7 +67,10 @@ class WebSocket:
             if opcode == _CLOSE:
                 return None
             if opcode == _PING:
-                self._send_frame(_PONG, data)
+                try:
+                    self._send_frame(_PONG, data)
+                except OSError:  # it was closed between the two
+                    return None
                 continue
             if opcode == _PONG:
                 continue

@@ -1,6 +1,6 @@
 """One worker of many: a headless ComfyUI with the pack on one GPU, and the edits that are handed to it.
 
-Used by ray_edit.py as an actor and by benchmarks/many_gpus.py as a plain process. Everything lies in one folder, where
+Used by ray_edit.py as an actor and by benchmarks/batch.py as a plain process. Everything lies in one folder, where
 a worker that takes the place of a dead one finds what that has finished. The ComfyUI ends with its worker, also when the
 worker is killed, so that no GPU stays taken.
 """

@@ -16,8 +16,8 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ from comfy_host import Host, HostError, add_host_arguments, cache_folder, find_c
 ROOM_FOR_ALL = 44
 SMALL = 16
 DESKTOP_SHARE = 1.0
-ORDER = "CUDA_DEVICE_ORDER"
+ORDER, BY_BUS = "CUDA_DEVICE_ORDER", "PCI_BUS_ID"
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 # Prints one JSON line: which of the options exist, which exclude each other, and what the parser says about all
 # arguments together.
@@ -73,19 +74,25 @@ class Plan:
     profile: str
 
 
-def find_card(python: Path, index: int) -> Card:
-    """The card that nvidia-smi names, else the one that the Python's torch sees, else none."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", f"--id={index}"]
+def find_card(python: Path, device: str) -> Card:
+    """The card that nvidia-smi names, else the one that the Python's torch sees, else none.
+
+    Args:
+        device: what CUDA_VISIBLE_DEVICES would say: a number or a UUID.
+    """
+    environment = {ORDER: BY_BUS} | os.environ | {VISIBLE: device, "HIP_VISIBLE_DEVICES": device}
+    query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits", f"--id={device}"]
     try:
+        if environment[ORDER] != BY_BUS and device.isdigit():
+            raise ValueError("nvidia-smi numbers the cards otherwise")
         name, memory = subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip().rsplit(",", 1)
         return Card(name.strip(), round(float(memory) / 1024, 1))
     except (OSError, subprocess.CalledProcessError, ValueError):
         pass  # another maker's card, or none
     code = (
-        f"import torch; p = torch.cuda.get_device_properties({index}) if torch.cuda.is_available() else None\n"
+        "import torch; p = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None\n"
         "print(p.name if p else 'none', p.total_memory if p else 0, sep='\\t')"
     )
-    environment = os.environ | {ORDER: "PCI_BUS_ID"}
     found = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, env=environment)
     if found.returncode:
         return Card("none", 0)
@@ -93,8 +100,12 @@ def find_card(python: Path, index: int) -> Card:
     return Card(name, round(int(size) / 2**30, 1))
 
 
-def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
-    """A table by the card's memory, so that equal machines start equally."""
+def plan(card: Card, index: int | None = 0, headless: bool = False) -> Plan:
+    """A table by the card's memory, so that equal machines start equally.
+
+    Args:
+        index: of the card; None: whichever the environment lets ComfyUI see first.
+    """
     flags = [
         Choice(("--preview-method", "latent2rgb"), "shows the edit while it is sampled; ComfyUI's default shows none")
     ]
@@ -102,8 +113,9 @@ def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
         flags.append(Choice(("--cpu",), "no card was found"))
         profile = "quality"
     else:
+        if index is not None:
+            flags.append(Choice(("--cuda-device", str(index)), "this card, and no other that is in the machine"))
         flags += [
-            Choice(("--cuda-device", str(index)), "this card, and no other that is in the machine"),
             Choice(
                 ("--use-pytorch-cross-attention",),
                 "for ComfyUI's own forwards; this pack's attention is chosen on its nodes",
@@ -135,8 +147,19 @@ def plan(card: Card, index: int = 0, headless: bool = False) -> Plan:
         Choice(("PYTHONUNBUFFERED=1",), "the log appears when it is written"),
     ]
     if card.memory:
-        environment.insert(0, Choice((f"{ORDER}=PCI_BUS_ID",), "numbers cards as nvidia-smi does"))
+        environment.insert(0, Choice((f"{ORDER}={BY_BUS}",), "numbers cards as nvidia-smi does"))
     return Plan(tuple(flags), tuple(environment), profile)
+
+
+def with_given(ours: Sequence[Choice], given: Mapping[str, str]) -> tuple[Choice, ...]:
+    """The environment variables as ComfyUI will see them: one that a person has set wins over ours."""
+    chosen = []
+    for choice in ours:
+        name, _, value = choice.words[0].partition("=")
+        if given.get(name, value) != value:
+            choice = Choice((f"{name}={given[name]}",), f"as it is set already; this script would set {value}")
+        chosen.append(choice)
+    return tuple(chosen)
 
 
 def checked(host: Host, flags: Sequence[Choice], extra: Sequence[str]) -> tuple[list[Choice], list[Choice]]:
@@ -182,7 +205,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--card", metavar="NAME", help="plan for this card instead of the machine's; needs --memory")
     parser.add_argument("--memory", type=float, metavar="GIB", help="of that card; 0: no card")
-    parser.add_argument("--device", type=int, default=0, metavar="N", help="which card (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=int, metavar="N", help=f"which card (default: the first of {VISIBLE} if that is set, else 0)"
+    )
     parser.add_argument("--headless", action="store_true", help="for a server without a screen")
     parser.add_argument("--run", action="store_true", help="start ComfyUI")
     parser.add_argument("extra", nargs="*", metavar="-- ARGUMENTS", help="more arguments for ComfyUI")
@@ -195,15 +220,22 @@ def main() -> int:
         raise HostError("Which ComfyUI? Give its folder with --comfyui, or set COMFYUI_PATH.")
     python = options.python or sys.executable
     host = Host(Path(shutil.which(python) or python).absolute(), comfyui)  # not resolved: a venv's is a link
-    card = Card(options.card, options.memory) if options.card else find_card(host.python, options.device)
-    chosen = plan(card, options.device, options.headless)
+    if options.card:
+        card, index, given = Card(options.card, options.memory), options.device or 0, {}
+    else:
+        given = os.environ
+        # --cuda-device would overwrite the cards that somebody, or a scheduler, has left for this process.
+        index = options.device if options.device is not None or VISIBLE in given else 0
+        card = find_card(host.python, given[VISIBLE].split(",")[0].strip() if index is None else str(index))
+    chosen = plan(card, index, options.headless)
+    chosen = replace(chosen, environment=with_given(chosen.environment, given))
     kept, lacking = checked(host, chosen.flags, options.extra)
     command = [str(host.python), "main.py", *(word for choice in kept for word in choice.words), *options.extra]
     show(card, chosen, kept, lacking, command)
     if not options.run:
         return 0
     os.chdir(comfyui)
-    environment = os.environ | dict(choice.words[0].split("=", 1) for choice in chosen.environment)
+    environment = dict(choice.words[0].split("=", 1) for choice in chosen.environment) | os.environ
     if os.name == "nt":
         return subprocess.run(command, env=environment, check=False).returncode
     # ComfyUI takes this process's place, so that a container's stop reaches it.

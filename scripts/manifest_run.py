@@ -17,13 +17,23 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from comfy_client import ComfyClient, ComfyError, Event, ImageRef, PromptLost, Result, ServerUnreachable
+from comfy_client import (
+    ComfyClient,
+    ComfyError,
+    Event,
+    ImageRef,
+    PromptLost,
+    RequestRefused,
+    Result,
+    ServerUnreachable,
+)
 from comfy_host import REPO
 from edit_job import JobError, nodes_of
+from run_summary import Summary, duration
 
 sys.path.insert(0, str(REPO))
 from qwen_edit.manifest import (
@@ -45,7 +55,9 @@ from qwen_edit.manifest import (
 CHUNK = 16  # items in a prompt
 QUEUED = 2  # prompts on the server, so that it never waits for us
 UPLOADS = "qwen_edit_batch"  # subfolder of ComfyUI's input folder
-LOSSES = 3  # times that an item alone may take the server away
+LOSSES = 3  # times that an item alone may take the server away, or a connection break off over the same picture
+PAUSE_S = 1.0  # before the same is tried again
+UNFIT = (400, 413, 415)  # HTTP: the picture itself can't be taken, for its form, its size, its kind
 BATCH = "QwenEditBatch"
 
 
@@ -57,31 +69,6 @@ class Task:
     paths: tuple[Path, ...]
     hashes: tuple[str, ...]
     result: str
-
-
-@dataclass
-class Summary:
-    """How a run ended. Times in seconds."""
-
-    items: int
-    written: int = 0
-    already_there: int = 0
-    failed: list[Refused] = field(default_factory=list)
-    seconds: float = 0.0
-    outages: int = 0
-
-    @property
-    def left(self) -> int:
-        return self.items - self.written - self.already_there - len(self.failed)
-
-    def text(self) -> str:
-        parts = (
-            f"{self.items} items: {self.written} written, {self.already_there} already there, {len(self.failed)} failed"
-        )
-        parts += f", {self.left} left" if self.left else ""
-        pace = f" ({60 * self.written / self.seconds:.1f} a minute)" if self.written else ""
-        away = f"; the server was away {self.outages} times" if self.outages else ""
-        return f"{parts}, in {duration(self.seconds)}{pace}{away}."
 
 
 @dataclass(frozen=True)
@@ -123,6 +110,7 @@ class ManifestRun:
         self._output, self._patience_s = output, patience_s
         self._base, self._items = _read(source, Defaults(*(inputs[name] for name in Defaults.__dataclass_fields__)))
         self.summary = Summary(len(self._items))
+        self._twins: list[Task] = []  # of items that stand further up
         self._again: deque[Task] = deque()  # of prompts that were lost
         self._queued: deque[Queued] = deque()
         self._losses: Counter[str] = Counter()
@@ -141,6 +129,7 @@ class ManifestRun:
         with ComfyClient(url) as client:
             try:
                 self._run(client, begin)
+                self.count_twins()
             except BaseException:
                 for queued in self._queued:
                     _cancel(client, queued.prompt_id)
@@ -151,7 +140,7 @@ class ManifestRun:
         return self.summary
 
     def _run(self, client: ComfyClient, begin: float) -> None:
-        lost = False
+        lost, since = False, None
         while True:
             try:
                 if lost:
@@ -160,10 +149,18 @@ class ManifestRun:
                 self._fill(client)
                 if not self._queued:
                     return
+                since = None
                 self._follow(client)
-            except (ServerUnreachable, PromptLost):
+            except (ServerUnreachable, PromptLost) as error:
                 self.summary.outages += not lost  # it may go again while it is being asked what it has
-                lost = True
+                lost, now = True, time.monotonic()
+                since = since or now
+                if now - since > self._patience_s:
+                    waited = duration(now - since)
+                    raise ComfyError(
+                        f"The server answers, but took nothing into its queue for {waited}. {error}"
+                    ) from None
+                time.sleep(PAUSE_S)
             self.summary.seconds = time.monotonic() - begin
             self._show(self.summary, False)
 
@@ -178,11 +175,21 @@ class ManifestRun:
             task = item if isinstance(item, Refused) else self._task(item)
             if isinstance(task, Refused):
                 self.summary.failed.append(task)
-            elif task.result in begun or (self._output / task.result).exists():
+            elif task.result in begun:
+                self._twins.append(task)
+            elif (self._output / task.result).exists():
                 self.summary.already_there += 1
             else:
                 begun.add(task.result)
                 yield task
+
+    def count_twins(self) -> None:
+        """At the end: items that stand in the manifest twice share what came of the first."""
+        for task in self._twins:
+            if (self._output / task.result).exists():
+                self.summary.already_there += 1
+            else:
+                self.fail(task, "it failed further up, where it stands too")
 
     def _task(self, item: Item) -> Task | Refused:
         paths = tuple(self._base / name for name in item.pictures)
@@ -219,16 +226,38 @@ class ManifestRun:
         rows = []
         for task in list(tasks):
             try:
-                names = [
-                    PurePosixPath(client.upload(path, f"{key[:24]}{path.suffix.lower()}", UPLOADS)).name
-                    for path, key in zip(task.paths, task.hashes, strict=True)
-                ]
-            except OSError as error:  # it was deleted meanwhile; what the server says stops the run, and blames no item
-                tasks.remove(task)
-                self.fail(task, f"a picture can't be read: {error}")
+                names = [self._send(client, path, key) for path, key in zip(task.paths, task.hashes, strict=True)]
+            except OSError as error:  # it was deleted meanwhile
+                why = f"a picture can't be read: {error}"
+            except ServerUnreachable:
+                why = (
+                    f"the connection broke off {LOSSES} times while a picture was uploaded; it may be too large for it"
+                )
+            except RequestRefused as error:  # anything else that the server says is about no item, and ends the run
+                if error.status not in UNFIT:
+                    raise
+                why = f"the server does not take a picture: {error}"
+            else:
+                rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
                 continue
-            rows.append(json.dumps({"pictures": names} | fields_of(task.item)))
+            tasks.remove(task)
+            self.fail(task, why)
         return rows
+
+    def _send(self, client: ComfyClient, path: Path, key: str) -> str:
+        """Upload a picture, and its name there."""
+        name = f"{key[:24]}{path.suffix.lower()}"
+        return PurePosixPath(self._again_if_cut(client, lambda: client.upload(path, name, UPLOADS))).name
+
+    def _again_if_cut(self, client: ComfyClient, ask: Callable[[], Any]) -> Any:
+        """Ask LOSSES times before ServerUnreachable is raised, each time when the server answers."""
+        for _ in range(LOSSES - 1):
+            try:
+                return ask()
+            except ServerUnreachable:
+                time.sleep(PAUSE_S)
+                self._wait(client)
+        return ask()
 
     def _queue(self, client: ComfyClient, rows: Sequence[str]) -> str:
         manifest = "\n".join(rows).encode()
@@ -262,13 +291,15 @@ class ManifestRun:
         return result.outputs.get(self._node, {}).get("failed", [])
 
     def _collect(self, client: ComfyClient, task: Task) -> bool:
-        """Download a result if the server has it; whether it does."""
+        """Download a result if the server has it; False: it has not."""
         folder = self._workflow[self._node]["inputs"]["output"]
+        result = ImageRef(self._node, task.result, folder, "output")
         try:
-            data = client.download(ImageRef(self._node, task.result, folder, "output"))
+            data = self._again_if_cut(client, lambda: client.download(result))
         except ServerUnreachable:
-            raise
-        except ComfyError:
+            self.fail(task, f"the connection broke off {LOSSES} times while its result was downloaded")
+            return True
+        except RequestRefused:
             return False
         save(self._output / task.result, data)
         self.summary.written += 1
@@ -317,7 +348,10 @@ def fields_of(item: Item) -> dict[str, Any]:
 def save(path: Path, data: bytes) -> None:
     """Write a result such that it is whole whenever it exists."""
     temporary = temporary_path(path)
-    temporary.write_bytes(data)
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())  # or a power cut could leave the name without the contents, and that counts as done
     os.replace(temporary, path)
 
 
@@ -336,47 +370,3 @@ def _read(source: Path, defaults: Defaults) -> tuple[Path, list[Item | Refused]]
         return source.parent, read_manifest(source, defaults)
     except (OSError, ValueError) as error:
         raise JobError(f"The manifest can't be read: {error}") from error
-
-
-def duration(seconds: float) -> str:
-    """Such as "42 s", "3 min 5 s", "2 h 10 min"."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
-class BatchBar:
-    """One progress bar for a whole run, on a terminal one line that changes, elsewhere a line now and then."""
-
-    WIDTH, EVERY_S = 30, 30.0
-
-    def __init__(self) -> None:
-        self._live = sys.stderr.isatty()
-        self._begin = time.monotonic()
-        self._last = 0.0
-
-    def show(self, summary: Summary, final: bool) -> None:
-        now = time.monotonic()
-        if not (self._live or final or now - self._last >= self.EVERY_S):
-            return
-        self._last = now
-        line = self.line(summary, now - self._begin)
-        if self._live:
-            print(f"\r{line:<100}", end="\n" if final else "", file=sys.stderr, flush=True)
-        else:
-            print(line, file=sys.stderr, flush=True)
-
-    def line(self, summary: Summary, seconds: float) -> str:
-        done = summary.items - summary.left
-        bar = "#" * (self.WIDTH * done // max(summary.items, 1))
-        parts = [f"[{bar:.<{self.WIDTH}}] {done}/{summary.items}"]
-        if summary.written:
-            pace = summary.written / seconds
-            parts += [f"{60 * pace:.1f} a minute", f"{duration(summary.left / pace)} left"]
-        if summary.failed:
-            parts.append(f"{len(summary.failed)} failed")
-        if summary.outages:
-            parts.append(f"server away {summary.outages} times")
-        return ", ".join(parts)

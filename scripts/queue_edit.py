@@ -26,7 +26,8 @@ from pathlib import Path
 from comfy_client import ComfyClient, ComfyError, ServerUnreachable
 from comfy_host import run_as_script, say
 from edit_job import WORKFLOWS, Edit, JobError, load_workflow, run_edit
-from manifest_run import BatchBar, ManifestRun, load_batch_workflow
+from manifest_run import ManifestRun, load_batch_workflow
+from run_summary import BatchBar
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 

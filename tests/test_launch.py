@@ -2,6 +2,7 @@
 
 import fnmatch
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from comfy_host import REPO, Host, HostError, cache_folder, find_comfyui
 from launch_comfyui import Card, Choice, checked, plan
@@ -61,6 +63,71 @@ def test_a_flag_given_by_hand_wins_over_one_that_it_excludes(comfyui: Host, ours
 def test_without_a_card_a_flag_for_cards_is_refused(comfyui: Host):
     with pytest.raises(HostError, match="does not take these flags"):
         checked(comfyui, plan(Card("none", 0)).flags, ["--lowvram"])
+
+
+@pytest.fixture
+def planned(comfyui: Host, tmp_path: Path):
+    """What the script plans on a machine whose nvidia-smi answers with the card that it is asked for."""
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\nfor word; do case $word in --id=*) echo "Card ${word#--id=}, 24564";; esac; done\n')
+    program.chmod(0o755)
+
+    def run(*arguments: str, **environment: str) -> list[str]:
+        path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+        kept = {k: v for k, v in os.environ.items() if not k.startswith(("CUDA_", "HF_HUB"))}
+        command = [sys.executable, REPO / "scripts" / "launch_comfyui.py", "--comfyui", comfyui.comfyui, *arguments]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=True, env=kept | {"PATH": path} | environment
+        )
+        return done.stdout.splitlines()
+
+    return run
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the card is played by a shell script")
+class TestWhatIsSetAlready:
+    def test_nothing(self, planned):
+        said = planned()
+        assert said[0] == "Card: Card 0, 24 GiB"
+        assert said[-1].startswith("CUDA_DEVICE_ORDER=PCI_BUS_ID HF_HUB_OFFLINE=1")
+        assert "--cuda-device 0" in said[-1]
+
+    def test_the_order_of_the_cards_wins_and_is_said(self, planned):
+        """Then the number is not nvidia-smi's, so torch is asked, which sees no card here."""
+        said = planned(CUDA_DEVICE_ORDER="FASTEST_FIRST", CUDA_VISIBLE_DEVICES="GPU-1234")
+        (line,) = [line for line in said[:-1] if "CUDA_DEVICE_ORDER" in line]
+        assert line.split() == [
+            "CUDA_DEVICE_ORDER=FASTEST_FIRST",
+            "as",
+            "it",
+            "is",
+            "set",
+            "already;",
+            "this",
+            "script",
+            "would",
+            "set",
+            "PCI_BUS_ID",
+        ]
+        assert said[-1].startswith("CUDA_DEVICE_ORDER=FASTEST_FIRST ")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="torch would find a card")
+    def test_a_number_in_another_order_is_not_taken_for_that_of_nvidia_smi(self, planned):
+        assert planned(CUDA_DEVICE_ORDER="FASTEST_FIRST")[0] == "Card: none"
+
+    @pytest.mark.parametrize(("visible", "card"), [("2,3", "Card 2"), ("GPU-1234", "Card GPU-1234")])
+    def test_cards_that_a_scheduler_left_stay_the_ones(self, planned, visible, card):
+        said = planned(CUDA_VISIBLE_DEVICES=visible)
+        assert said[0] == f"Card: {card}, 24 GiB"
+        assert "--cuda-device" not in said[-1]
+        assert "--cuda-device 1" in planned("--device", "1", CUDA_VISIBLE_DEVICES=visible)[-1]
+
+    def test_another_machine_is_planned_without_them(self, planned):
+        said = planned(
+            "--card", "RTX 4070", "--memory", "12", CUDA_DEVICE_ORDER="FASTEST_FIRST", CUDA_VISIBLE_DEVICES="2"
+        )
+        assert said[-1].startswith("CUDA_DEVICE_ORDER=PCI_BUS_ID ")
+        assert "--cuda-device 0" in said[-1]
 
 
 def instructions() -> list[tuple[str, str]]:

@@ -1,5 +1,6 @@
 """The clocks, the record they make, and a log file that never gets in the way."""
 
+import gc
 import json
 import logging
 import subprocess
@@ -231,8 +232,48 @@ def test_the_number_of_listed_steps_is_bounded():
     for value in range(1, 5001):
         run.progress("7", value)
     run.node_finished("7")
-    assert len(run.record()["nodes"][0]["steps"]["ms"]) == 200
+    steps = run.record()["nodes"][0]["steps"]
+    assert len(steps["ms"]) == 200
+    assert steps["count"] == 5000
     assert len(json.dumps(run.record())) < 10_000
+
+
+def test_a_batch_of_any_length_is_counted_to_its_end_in_little_memory():
+    """3,000 items with two stages and two steps each, a stage in a stage, and a node after them."""
+    run = perf.Run()
+    run.node_started("7", "QwenEditBatch")
+    perf.activate(run)
+    for _ in range(3000):
+        with perf.stage("preprocess"):
+            wait(2)
+        with perf.stage("denoise"):
+            with perf.stage("load"):
+                wait(1)
+            for _ in range(2):
+                wait(3)
+                perf.record_step()
+        wait(1)
+    with perf.stage("save"):
+        wait(50)
+        open_yet = run.record("running", wait=False)
+    perf.deactivate(run)
+    run.node_finished("7")
+    run.node_started("8", "SaveImage")
+    wait(40)
+    run.node_finished("8")
+    record = run.record()
+    assert [node["id"] for node in record["nodes"]] == ["7", "8"]
+    batch, after = record["nodes"]
+    expected = {"load": 3000, "preprocess": 6000, "denoise": 21_000, "save": 90, "host": 0}
+    assert {name: entry["ms"] for name, entry in record["stages"].items()} == pytest.approx(expected, abs=0.2)
+    assert batch["inner"] == pytest.approx({"load": 3000, "preprocess": 6000, "denoise": 18_000, "save": 50}, abs=0.2)
+    assert open_yet["nodes"][0]["inner"] == pytest.approx(batch["inner"], abs=0.2)
+    assert open_yet["stages"]["save"]["ms"] == 50
+    assert (batch["ms"], after["ms"]) == pytest.approx((30_050, 40), abs=0.2)
+    assert batch["steps"]["count"] == 6000
+    assert len(batch["steps"]["ms"]) == 200
+    kept = sum(type(one) is perf_run.Span for one in gc.get_objects())
+    assert kept < 1100  # as many as have steps that can be listed
 
 
 def test_a_run_that_failed_counts_the_open_node_up_to_its_end():
@@ -404,6 +445,8 @@ class FakeEvent:
         self.at = FakeEvent.made
 
     def query(self):
+        if FakeEvent.broken:
+            raise RuntimeError("CUDA error: unspecified launch failure")
         return self.at <= FakeEvent.now
 
     def synchronize(self):
@@ -448,12 +491,34 @@ def test_device_times_are_read_afterwards(fake_run):
 
 
 def test_a_failed_device_ends_device_timing_and_nothing_else(fake_run):
-    fake_run.node_started("7", "KSampler")
-    FakeEvent.broken = True
-    with pytest.raises(ValueError, match="the real error"), fake_run.stage("denoise"):
+    def fail():
+        with fake_run.stage("load"):
+            pass  # its events were recorded, and can't be read any more
+        FakeEvent.broken = True
         raise ValueError("the real error")
+
+    fake_run.node_started("7", "KSampler")
+    with pytest.raises(ValueError, match="the real error"), fake_run.stage("denoise"):
+        fail()
     fake_run.node_finished("7")
+    FakeEvent.broken = False
     assert fake_run.record()["nodes"][0]["device_ms"] is None
+
+
+def test_device_times_of_many_stages_are_summed(fake_run):
+    """The device is never waited for in between, as in a batch that is faster than it."""
+    fake_run.node_started("7", "QwenEditBatch")
+    for number in range(2000):
+        with fake_run.stage("decode"):  # 10 ms, and as much until the next
+            pass
+        if number == 1000:
+            FakeEvent.now = FakeEvent.made
+            assert fake_run.record(wait=False)["stages"]["decode"]["device_ms"] == 1001 * 10
+    fake_run.node_finished("7")
+    assert fake_run.record(wait=False)["stages"]["decode"]["device_ms"] is None
+    stages = fake_run.record()["stages"]
+    assert stages["decode"]["device_ms"] == 2000 * 10
+    assert stages["denoise"]["device_ms"] == 2001 * 10
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -487,3 +552,14 @@ def test_device_time_is_measured_without_waiting():
     assert device_info["name"] == torch.cuda.get_device_name()
     assert "utilisation_mean" in device_info or device_info["utilisation_missing"]
     assert "KSampler: 8 steps" in perf.stage_table(record)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_nvml_is_asked_about_the_card_that_torch_uses():
+    pynvml = pytest.importorskip("pynvml")
+    for index in range(torch.cuda.device_count()):
+        device = torch.device("cuda", index)
+        torch.zeros(1, device=device)
+        monitor = perf.Monitor(device)
+        assert monitor._handle is not None, monitor.device()
+        assert pynvml.nvmlDeviceGetPciInfo(monitor._handle).bus == torch.cuda.get_device_properties(device).pci_bus_id

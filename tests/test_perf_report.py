@@ -247,3 +247,12 @@ def test_importing_brings_no_matplotlib_and_no_kornia():
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_a_batch_is_not_advised_by_the_steps_of_all_its_items():
+    short = record({"denoise": 900.0, "host": 10.0}, steps=[9.0] * 99) | {"facts": {"steps": 8, "true_cfg_scale": 1.0}}
+    assert perf.advise(short).code == "fine"
+    guided = short | {"facts": {"steps": 40, "true_cfg_scale": 4.0}}
+    assert perf.advise(guided).sentence.startswith("Guidance (CFG 4) runs the model twice in each of 40 steps.")
+    long = short | {"facts": {"steps": 60, "true_cfg_scale": 4.0}}
+    assert perf.advise(long).sentence.startswith("60 steps take")

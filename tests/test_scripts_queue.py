@@ -227,3 +227,9 @@ def test_a_connection_that_breaks_off_inside_a_message_ends():
     connection = comfy_socket.WebSocket(serve(frame(0x1, b"whole")[:-2] + b"", []))
     threading.Timer(0.2, connection.close).start()
     assert connection.receive() is None
+
+
+def test_a_ping_that_can_no_longer_be_answered_ends_the_connection():
+    connection = comfy_socket.WebSocket(serve(frame(0x9, b"ping"), []))
+    connection._socket.shutdown(socket.SHUT_WR)
+    assert connection.receive() is None

@@ -34,8 +34,8 @@ The record, one JSON object per line of the log:
                     announced; "progress": taken from the progress bar, where first_ms runs from the start
                     of the node and the later values are averages when the bar skipped some. ms and
                     device_ms hold the steps after the first, at most 200 of them.
-    spans           the same for stages entered outside of any node or on another thread (id null); work on
-                    other threads runs beside the rest and is not part of `stages`
+    spans           the same for stages entered outside of any node or on another thread (id null), the first
+                    1000; work on other threads runs beside the rest and is not part of `stages`
     memory          {at_ms, device_mib, rss_mib}: lists of one length, taken as nodes and steps begin and end;
                     device_mib (torch's allocator) is null without a CUDA device
     graph           a fingerprint of the node types of the prompt, to find runs of the same graph

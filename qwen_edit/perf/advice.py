@@ -5,6 +5,7 @@ saves most speaks. Texts are templates because the panel in the browser shows th
 (`locales/*/main.json` holds the same keys).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -110,8 +111,9 @@ def _card(record: dict, before: dict | None) -> Iterator[Advice]:
 
 def _recipe(record: dict, before: dict | None) -> Iterator[Advice]:
     share = _share(record, "denoise")
-    _, _, steps = _steps(record)
-    cfg = record.get("facts", {}).get("true_cfg_scale", 1)
+    facts = record.get("facts", {})
+    steps = min(_steps(record)[2], facts.get("steps", math.inf))  # of one edit; a batch takes as many for each
+    cfg = facts.get("true_cfg_scale", 1)
     if steps > STANDARD_STEPS:
         values = {"steps": str(steps), "share": _percent(share), "fewer": str(STANDARD_STEPS)}
         yield Advice("many_steps", values, share * (1 - STANDARD_STEPS / steps))

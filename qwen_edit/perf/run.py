@@ -2,7 +2,8 @@
 
 A span is a node of ComfyUI's graph or a stage that code entered; it knows its wall time and, on a CUDA
 device, two events. Time is counted where it was spent: a span's own time excludes the spans inside it, so the
-shares of one run add up. Only one run is active in a process, as ComfyUI executes one prompt at a time.
+shares of one run add up. Spans of nodes are kept; those inside them become sums when they are over, since a batch that
+runs all night has no end of them. Only one run is active in a process, as ComfyUI executes one prompt at a time.
 """
 
 import contextlib
@@ -10,17 +11,18 @@ import datetime
 import platform
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 
 import torch
 
 from .memory import MemoryTrace
 from .monitor import MIB, Monitor
-from .spans import Mark, Span, device_ms, is_inside, rounded, steps_of, wall_ms
+from .spans import Mark, OwnTimes, Span, add_inner, device_ms, rounded, steps_of, wall_ms
 from .table import STAGES, stage_of
 
-MAX_MARKS = 2000
-MAX_SPANS = 5000
+MAX_MARKS = 2000  # of a span, and of the spans inside a node
+MAX_LOOSE = 1000  # stages outside of any node that are listed
 
 _active: "Run | None" = None
 _nothing = contextlib.nullcontext()
@@ -47,9 +49,11 @@ class Run:
         self._start = time.perf_counter()
         self._thread = threading.get_ident()
         self._lock = threading.RLock()
-        self._spans: list[Span] = []
+        self._nodes: dict[str, list[Span]] = {}  # in order of their first start
+        self._loose: list[Span] = []
         self._stacks: dict[int, list[Span]] = {}
-        self._children: dict[int, list[Span]] = {}
+        self._own: dict[int, OwnTimes] = {}  # of spans that are over, by thread
+        self._unread: deque[Span] = deque()  # those whose device times are not in it yet
         self._cached: dict[str, str] = {}
         self._latest: dict[int, torch.cuda.Event] = {}
         self._peak = 0
@@ -87,18 +91,17 @@ class Run:
     def progress(self, node_id: str, value: float) -> None:
         """The progress bar of a node stands at `value` steps."""
         with self._lock:
-            for span in reversed(self._spans):
-                if span.node_id == node_id and span.is_node:
-                    if span.end is None:
-                        self._mark(span.progress, value)
-                    return
+            spans = self._nodes.get(node_id)
+            if spans and spans[-1].end is None:
+                self._mark(spans[-1].progress, value)
 
     def step(self) -> None:
         """A step of the innermost open span of this thread is done."""
         with self._lock:
             stack = self._stacks.get(threading.get_ident())
             if stack:
-                self._mark(stack[-1].steps, len(stack[-1].steps) + 1)
+                steps = stack[-1].steps
+                self._mark(steps, steps[-1].value + 1 if steps else 1)
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
@@ -139,10 +142,7 @@ class Run:
                     event.synchronize()
             self.monitor.sample()
             self._note_peak()
-            self._children = {}
-            for span in self._spans:
-                if span.parent is not None:
-                    self._children.setdefault(id(span.parent), []).append(span)
+            self._read_devices()
             result = {
                 "format": 2,
                 "time": datetime.datetime.fromtimestamp(self.started_at, datetime.UTC).isoformat(
@@ -154,8 +154,8 @@ class Run:
                 "cold": bool(self.models_loaded),
                 "models_loaded": self.models_loaded,
                 "stages": self._stages(end, wall),
-                "nodes": self._nodes(end),
-                "spans": [self._entry([span], end) for span in self._spans if self._is_loose(span)],
+                "nodes": self._node_entries(end),
+                "spans": [self._entry([span], end) for span in self._loose],
                 "taps": self.taps,
                 "memory": self._memory.record(),
                 "device": self.monitor.device(),
@@ -178,10 +178,13 @@ class Run:
         thread = threading.get_ident()
         stack = self._stacks.setdefault(thread, [])
         parent = stack[-1] if stack else None
-        span = Span(name, node_id, class_type, thread, time.perf_counter(), self._event(), parent)
+        root = stack[0] if stack else None
+        span = Span(name, node_id, class_type, thread, time.perf_counter(), self._event(), parent, root)
         stack.append(span)
-        if len(self._spans) < MAX_SPANS:
-            self._spans.append(span)
+        if node_id is not None:
+            self._nodes.setdefault(node_id, []).append(span)
+        elif root is None and len(self._loose) < MAX_LOOSE:
+            self._loose.append(span)
         return span
 
     def _close(self, span: Span) -> None:
@@ -192,14 +195,19 @@ class Run:
         now, event = time.perf_counter(), self._event()
         for ended in stack[index:]:
             ended.end, ended.end_event = now, event
+            self._sum_up(ended)
         del stack[index:]
+        self._read_devices()
         if span.is_node:
             span.peak = self._note_peak()
 
     def _mark(self, marks: list[Mark], value: float) -> None:
-        if len(marks) < MAX_MARKS:
-            marks.append(Mark(value, time.perf_counter(), self._event()))
-            self._look()
+        if len(marks) == MAX_MARKS:
+            if value < marks[-1].value:
+                return
+            marks.pop()  # the last one goes on, so that their number is right
+        marks.append(Mark(value, time.perf_counter(), self._event()))
+        self._look()
 
     def _look(self) -> None:
         self._memory.look((time.perf_counter() - self._start) * 1000)
@@ -223,30 +231,48 @@ class Run:
         self._peak = max(self._peak, peak)
         return peak
 
-    def _is_loose(self, span: Span) -> bool:
-        return not span.is_node and (span.parent is None or span.thread != self._thread)
+    def _sum_up(self, span: Span) -> None:
+        """A span is over: add it to the sums, from which a record is made."""
+        ms = wall_ms(span, span.start)
+        self._own.setdefault(span.thread, OwnTimes()).add_wall(span, ms)
+        self._unread.append(span)
+        if span.root is None:
+            return
+        add_inner(span.root.inner, span, ms)
+        if span.steps and sum(len(one.steps) for one in span.root.announced) < MAX_MARKS:
+            span.root.announced.append(span)
+        else:
+            span.root.steps_beyond += round(span.steps[-1].value) if span.steps else 0
 
-    def _own(self, span: Span, end: float) -> tuple[float, float | None]:
-        """(wall ms, device ms) spent in a span and not in the spans inside it."""
-        inner = self._children.get(id(span), [])
-        wall = wall_ms(span, end) - sum(wall_ms(child, end) for child in inner)
-        device = device_ms(span)
-        for child in inner:
-            below = device_ms(child)
-            device = None if device is None or below is None else device - below
-        return max(wall, 0.0), device
+    def _read_devices(self) -> None:
+        """Add the device times that the device has reached, oldest first, without waiting for any."""
+        while self._unread:
+            span = self._unread[0]
+            try:
+                if self.device is not None and span.end_event is not None and not span.end_event.query():
+                    return
+                ms = None if self.device is None else device_ms(span)
+            except RuntimeError:  # as in _event
+                self.device = None
+                continue
+            self._unread.popleft()
+            self._own[span.thread].add_device(span, ms)
+
+    def _open_below(self, root: Span) -> list[Span]:
+        stack = self._stacks.get(root.thread, [])
+        return stack[1:] if stack[:1] == [root] else []
 
     def _stages(self, end: float, wall: float) -> dict:
-        times: dict[str, list] = {}
-        for span in self._spans:
-            if span.thread != self._thread:
-                continue
-            own, device = self._own(span, end)
-            entry = times.setdefault(span.name, [0.0, 0.0])
-            entry[0] += own
-            entry[1] = None if entry[1] is None or device is None else entry[1] + device
-        host = wall - sum(entry[0] for entry in times.values())
-        times["host"] = [times.get("host", [0.0])[0] + max(host, 0.0), None]
+        own = self._own.get(self._thread, OwnTimes()).copy()
+        for span in self._stacks.get(self._thread, []):
+            own.add_wall(span, wall_ms(span, end))
+            own.add_device(span, None)
+        for span in self._unread:
+            if span.thread == self._thread:
+                own.add_device(span, None)
+        times = {name: (max(0.0, ms), own.device[name]) for name, ms in own.wall.items()}
+        host = wall - sum(ms for ms, _ in times.values())
+        times["host"] = (times.get("host", (0.0, None))[0] + max(host, 0.0), None)
         order = sorted(times, key=lambda name: STAGES.index(name) if name in STAGES else len(STAGES))
         return {
             name: {
@@ -257,14 +283,10 @@ class Run:
             for name in order
         }
 
-    def _nodes(self, end: float) -> list[dict]:
-        by_node: dict[str, list[Span]] = {}
-        for span in self._spans:
-            if span.is_node:
-                by_node.setdefault(str(span.node_id), []).append(span)
-        nodes = [self._entry(spans, end) for spans in by_node.values()]
+    def _node_entries(self, end: float) -> list[dict]:
+        nodes = [self._entry(spans, end) for spans in self._nodes.values()]
         for node_id, class_type in self._cached.items():
-            if node_id in by_node:
+            if node_id in self._nodes:
                 continue
             nodes.append(
                 {
@@ -294,15 +316,20 @@ class Run:
         peaks = [span.peak for span in spans if span.peak is not None]
         if peaks:
             entry["peak_mib"] = round(max(peaks) / MIB, 1)
-        below = [span for span in self._spans if is_inside(span, spans)]
         inner: dict[str, float] = {}
-        for span in below:
-            inner[span.name] = round(inner.get(span.name, 0.0) + self._own(span, end)[0], 1)
+        announced = []
+        for span in spans:
+            for name, ms in span.inner.items():
+                inner[name] = inner.get(name, 0.0) + ms
+            below = self._open_below(span)
+            for one in below:
+                add_inner(inner, one, wall_ms(one, end))
+            announced += [one for one in [span, *span.announced, *below] if one.steps]
         if inner:
-            entry["inner"] = inner
-        announced = [span for span in [*spans, *below] if span.steps]
+            entry["inner"] = {name: max(0.0, round(ms, 1)) for name, ms in inner.items()}
         if announced:
             entry["steps"] = steps_of([(span, span.steps) for span in announced], "engine")
+            entry["steps"]["count"] += sum(span.steps_beyond for span in spans)
         elif any(span.progress for span in spans):
             entry["steps"] = steps_of([(span, span.progress) for span in spans], "progress")
         return entry

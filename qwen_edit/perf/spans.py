@@ -25,24 +25,56 @@ class Span:
     start: float
     start_event: torch.cuda.Event | None
     parent: "Span | None" = None
+    root: "Span | None" = None  # the outermost span around it; None: it is that itself
     end: float | None = None
     end_event: torch.cuda.Event | None = None
     peak: int | None = None
     steps: list[Mark] = field(default_factory=list)
     progress: list[Mark] = field(default_factory=list)
+    # Of what is over inside a root:
+    inner: dict[str, float] = field(default_factory=dict)  # own wall time by stage, ms
+    announced: list["Span"] = field(default_factory=list)  # spans with steps, as far as their steps can be listed
+    steps_beyond: int = 0  # the number of the others' steps
 
     @property
     def is_node(self) -> bool:
         return self.class_type is not None
 
 
-def is_inside(span: Span, outer: list[Span]) -> bool:
-    parent = span.parent
-    while parent is not None:
-        if parent in outer:
-            return True
-        parent = parent.parent
-    return False
+@dataclass
+class OwnTimes:
+    """ms by stage, counted where they were spent: a span's time counts for its stage, and no more for the one around it.
+
+    Sums instead of spans, so that a run of any length takes the same memory.
+    """
+
+    wall: dict[str, float] = field(default_factory=dict)
+    device: dict[str, float | None] = field(default_factory=dict)  # None: not all of it is known
+
+    def copy(self) -> "OwnTimes":
+        return OwnTimes(dict(self.wall), dict(self.device))
+
+    def add_wall(self, span: Span, ms: float) -> None:
+        _add(self.wall, span.name, ms)
+        if span.parent is not None:
+            _add(self.wall, span.parent.name, -ms)
+
+    def add_device(self, span: Span, ms: float | None) -> None:
+        for name, part in ((span.name, 1), *(((span.parent.name, -1),) if span.parent else ())):
+            before = self.device.get(name, 0.0)
+            self.device[name] = None if ms is None or before is None else before + part * ms
+
+
+def add_inner(inner: dict[str, float], span: Span, ms: float) -> None:
+    """Count ms of a span inside a root."""
+    assert span.parent is not None
+    _add(inner, span.name, ms)
+    if span.parent is not span.root:
+        _add(inner, span.parent.name, -ms)
+
+
+def _add(sums: dict[str, float], name: str, ms: float) -> None:
+    sums[name] = sums.get(name, 0.0) + ms
 
 
 def wall_ms(span: Span, end: float) -> float:

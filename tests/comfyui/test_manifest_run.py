@@ -5,14 +5,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import manifest_run
 import numpy as np
 import pytest
 from array_client import from_file, to_png
+from bad_line import CUT, BadLine
 from batches import batch_graph
-from comfy_client import PromptLost
+from comfy_client import ComfyError, PromptLost
 from comfy_host import REPO
 from edits import edited, picture, small_edit
-from manifest_run import ManifestRun
+from manifest_run import LOSSES, ManifestRun
+
+from qwen_edit.manifest import hash_bytes
 
 pytestmark = pytest.mark.server
 
@@ -93,3 +97,71 @@ def test_an_item_that_takes_the_server_away_is_given_up_alone(server, manifest, 
     assert (summary.written, summary.left) == (4, 0)
     assert [bad.name for bad in summary.failed] == ["gone", "b", "broken"]
     assert "alone" in summary.failed[1].reason
+
+
+@pytest.fixture
+def _in_a_hurry(monkeypatch):
+    monkeypatch.setattr(manifest_run, "PAUSE_S", 0.02)
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_what_goes_wrong_with_a_picture_on_its_way_fails_that_item_alone(server, tmp_path):
+    """How often each goes wrong: more often than it may is for ever, but for a client that does not stop."""
+    for seed, name in enumerate(("cut", "cut_once", "too_large", "proxy_restarts", "good", "result_cut")):
+        (tmp_path / f"{name}.png").write_bytes(to_png(picture(100 + seed, 64, 64)))
+    wrong = {"cut": (CUT, 20), "cut_once": (CUT, 1), "too_large": (413, 20), "proxy_restarts": (502, 1)}
+    names = {hash_bytes(path.read_bytes())[:24]: path.stem for path in tmp_path.iterdir()}
+
+    def rule(request, seen):
+        if request.startswith("GET /view?filename=result_cut"):
+            return ("result_cut", CUT) if seen["result_cut"] < 20 else None
+        if not request.startswith("POST /upload/image"):
+            return None
+        name = next((name for key, name in names.items() if key in request), "")
+        status, times = wrong.get(name, (0, 0))
+        return (name, status) if seen[name] < times else None
+
+    with BadLine(server.url, rule) as line:
+        run = ManifestRun(batch_graph("", "bad line"), tmp_path, tmp_path / "out", patience_s=60)
+        summary = run.run(line.url)
+    assert {bad.name: bad.reason.partition("): ")[2] for bad in summary.failed} == {
+        "cut": f"the connection broke off {LOSSES} times while a picture was uploaded; it may be too large for it",
+        "too_large": "the server does not take a picture: ComfyUI answered /upload/image with status 413: (nothing)",
+        "result_cut": f"the connection broke off {LOSSES} times while its result was downloaded",
+    }
+    assert line.wrong == {"cut": LOSSES, "cut_once": 1, "too_large": 1, "proxy_restarts": 1, "result_cut": LOSSES}
+    assert (summary.written, summary.left, summary.outages) == (3, 0, 0)
+    assert len(list((tmp_path / "out").iterdir())) == 3
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_a_server_that_answers_and_takes_no_prompt_ends_the_run(server, manifest, tmp_path):
+    def rule(request, seen):
+        return ("prompt", 503) if request.startswith("POST /prompt") and seen["prompt"] < 100 else None
+
+    with BadLine(server.url, rule) as line:
+        run = ManifestRun(batch_graph("", "no prompt"), manifest, tmp_path / "out", patience_s=0.5)
+        with pytest.raises(ComfyError, match="took nothing into its queue"):
+            run.run(line.url)
+    assert 1 < line.wrong["prompt"] < 100
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_what_a_server_says_about_no_item_ends_the_run(server, manifest, tmp_path):
+    with BadLine(server.url, lambda request, _: ("no", 500) if "POST /upload" in request else None) as line:
+        run = ManifestRun(batch_graph("", "no uploads"), manifest, tmp_path / "out", patience_s=30)
+        with pytest.raises(ComfyError, match="status 500"):
+            run.run(line.url)
+    assert line.wrong == {"no": 1}
+    assert not [bad for bad in run.summary.failed if bad.name != "gone"]
+
+
+def test_an_item_that_stands_there_twice_shares_what_came_of_the_first(server, tmp_path):
+    (tmp_path / "good.png").write_bytes(to_png(picture(120, 64, 64)))
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    path = tmp_path / "manifest.csv"
+    path.write_text("picture\ngood.png\nbroken.png\ngood.png\nbroken.png\n")
+    summary = ManifestRun(batch_graph("", "twins"), path, tmp_path / "out").run(server.url)
+    assert (summary.written, summary.already_there, summary.left) == (1, 1, 0)
+    assert [bad.line for bad in summary.failed] == [3, 5]
+    assert "further up" in summary.failed[1].reason

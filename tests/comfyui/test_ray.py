@@ -21,6 +21,7 @@ from killing import make_manifest
 from manifest_run import ManifestRun
 
 ray = pytest.importorskip("ray")
+ray_edit = pytest.importorskip("ray_edit")
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 ITEMS = 40
 
@@ -94,18 +95,47 @@ class Gone(Working):
         raise OSError("no card")
 
 
+class OneUnstarted(Working):
+    """As workers of which the first's ComfyUI can't be started in the first place."""
+
+    def __init__(self, host, work, *rest):
+        if work.name == "worker0":
+            raise OSError("no card")
+
+
+class Stuck(Gone):
+    """Fails, and is not ready again for a long time."""
+
+    def __init__(self):
+        self._asked = 0
+
+    def ready(self) -> int:
+        self._asked += 1
+        time.sleep(60 * (self._asked - 1))
+        return os.getpid()
+
+
+class Poisoned(Working):
+    """Dies of one item, and takes along what waits for it."""
+
+    def edit(self, parcel) -> Delivered:
+        if any(task.item.name == "picture18" for task in parcel.tasks):
+            os._exit(1)
+        return super().edit(parcel)
+
+
 @pytest.fixture
 def finished(tmp_path):
-    """Runs a manifest of 20 items, one of whose pictures goes away, on workers of these classes."""
+    """Runs a manifest of 20 items, one of whose pictures goes away, on workers of these classes, each of which needs so
+    many of the one GPU that Ray believes in."""
     paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, runtime_env=paths)
+    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env=paths)
 
-    def finish(*classes):
-        from ray_edit import RayRun
-
+    def finish(*classes, gpus=0, workers=None):
         manifest = make_manifest(tmp_path / "pictures", 20, side=64)
         run = ManifestRun(batch_graph("", "ray"), manifest, tmp_path / "edited")
-        workers = [ray.remote(each).options(num_cpus=0).remote() for each in classes]
+        options = {"num_cpus": 0, "num_gpus": gpus, "max_restarts": -1, "max_task_retries": 2}
+        workers = workers or [ray.remote(each).options(**options).remote() for each in classes]
         shown = []
 
         def show(summary, final):
@@ -113,7 +143,7 @@ def finished(tmp_path):
             if len(shown) == 1:
                 (tmp_path / "pictures" / "picture19.png").unlink()
 
-        return RayRun(run, tmp_path / "edited", workers, show).finish()
+        return ray_edit.RayRun(run, tmp_path / "edited", workers, show).finish()
 
     yield finish
     ray.shutdown()
@@ -126,7 +156,38 @@ def test_a_worker_that_cannot_start_again_takes_no_items_with_it(finished, tmp_p
     assert "picture19.png" in bad.reason
 
 
+def test_a_worker_that_cannot_be_started_is_left_out(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(ray_edit, "EditWorker", OneUnstarted)
+    monkeypatch.setattr(ray_edit, "SCRIPTS", os.pathsep.join(sys.path))
+    summary = finished(workers=ray_edit.start_workers(2, True, None, tmp_path / "work", {}, []))
+    assert (summary.written, len(summary.failed)) == (19, 1)
+    assert "A worker is left out, 1 are left. OSError: no card" in capsys.readouterr().out
+
+
+def test_the_others_do_not_wait_for_a_worker_that_does_not_work(finished, monkeypatch, capsys):
+    monkeypatch.setattr(ray_edit, "READY_S", 15.0)
+    begin = time.monotonic()
+    summary = finished(Stuck, Working)
+    assert (summary.written, len(summary.failed)) == (19, 1)
+    assert time.monotonic() - begin < 45
+    assert "A worker is left out, 1 are left." in capsys.readouterr().out
+
+
+def test_a_worker_that_gets_no_place_is_not_waited_for_without_end(finished, monkeypatch, capsys):
+    monkeypatch.setattr(ray_edit, "READY_S", 15.0)
+    summary = finished(Working, Working, gpus=1)
+    assert (summary.written, len(summary.failed)) == (19, 1)
+    assert "has not answered for 15 s" in capsys.readouterr().out
+
+
+def test_an_item_that_kills_its_worker_is_the_only_one_to_blame(finished):
+    summary = finished(Poisoned)
+    assert summary.written == 18
+    assert sorted(bad.name for bad in summary.failed) == ["picture18", "picture19"]
+    assert any("alone" in bad.reason for bad in summary.failed)
+
+
 def test_a_run_without_workers_ends_and_blames_no_item(finished, tmp_path):
     with pytest.raises(JobError, match=r"No worker is left.*no card"):
         finished(Gone, Gone)
-    assert not list((tmp_path / "edited").iterdir())
+    assert not list((tmp_path / "edited").glob("*"))
