@@ -58,8 +58,8 @@ class Forward:
         kernels: the fused operations, see ``kernels``.
         weights: where weights are read from.
         adapters: active LoRAs.
-        channels: owner of the weights' spare columns, in which adapters go through the products; None: they are added to
-            the results.
+        channels: owner of what lets adapters go through the products (spare columns of the weights, addends in int8);
+            None: they are added to the results.
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
@@ -76,13 +76,15 @@ class Forward:
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        if (unpacked := unpacked_operand(modules)) is not None:
-            return [unpacked]
-        operands = [operand(self.weights, m) for m in modules]
-        joined = packed(operands) if len(operands) > 1 else operands[0]
+        unpacked = joined = unpacked_operand(modules)
         if joined is None:
-            return operands
-        return [joined if self.channels is None else self.channels.extended(joined, self.adapters)]
+            operands = [operand(self.weights, m) for m in modules]
+            joined = packed(operands) if len(operands) > 1 else operands[0]
+            if joined is None:
+                return operands
+        if self.channels is not None:
+            joined = self.channels.extended(joined, self.adapters, lasts=unpacked is None)
+        return [joined]
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, Any]:
         """What the operation before these linears has to produce for them."""
