@@ -120,6 +120,7 @@ class ExtraChannels:
             else:
                 op = _write(op, prepared, total, laid)
                 channels = Channels(down, gain)
+            assert op.weight is not None
             counts = [[len(p.gain) for p in each] for each in prepared]
             laid = _Laid(op.weight.data_ptr(), counts, [weakref.ref(p) for p in parts], scales, channels)
             self._laid[op.modules[0]] = laid
