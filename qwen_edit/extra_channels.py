@@ -11,8 +11,8 @@ closely a row of x follows one of A; what B then has too much for the range is s
 the sum of weight and LoRA again is off by that much of the whole weight.
 
 int8: a row of W has one scale for steps too coarse to share, so t and B stay floats, and our product adds t B^T to the sums
-that it still holds in registers. t is an int8 product itself, of the rows that W is multiplied with and A in int8; both
-round the LoRA's term by a per cent of itself. This needs no columns behind the weight, so weights that are made for each product
+that it still holds in registers. t is an int8 product itself, of the rows that W is multiplied with and A in int8; each of
+the two roundings moves the LoRA's term by about a per cent of itself. This needs no columns behind the weight, so weights that are made for each product
 (4 bits, unpacked to int8) have it, too.
 """
 
@@ -201,11 +201,11 @@ def _side_by_side(groups: Sequence[Sequence[torch.Tensor]], total: int) -> torch
     """``[groups * total, ...]``, zeros behind each group's parts; each operation here counts a thousand times when LoRAs are
     switched."""
     like = next(part for group in groups for part in group)
+    missing = [total - sum(map(len, group)) for group in groups]
+    zeros = like.new_zeros((max(missing), *like.shape[1:])) if any(missing) else like
     parts = []
-    for group in groups:
-        parts += group
-        if missing := total - sum(map(len, group)):
-            parts.append(like.new_zeros((missing, *like.shape[1:])))
+    for group, count in zip(groups, missing, strict=True):
+        parts += [*group, zeros[:count]] if count else group
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 

@@ -101,6 +101,6 @@ def _most_registers(device: torch.device) -> int | None:
 
 def _tile_of(device: torch.device, rows: int, columns: int) -> tuple[int, int, int, int, int]:
     tiles = TILES if columns > NARROW else NARROW_TILES if rows > MANY_ROWS else FEW_ROWS_TILES
-    if device.type != "cuda":  # Triton's interpreter
-        return tiles[7]
-    return tiles[min(max(tiles), torch.cuda.get_device_capability(device)[0])]
+    card = torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 7  # Triton's interpreter
+    m, n, k, warps, stages = tiles[min(max(tiles), card)]
+    return m, min(n, max(RANK_STEP, triton.next_power_of_2(columns))), k, warps, stages
