@@ -22,7 +22,7 @@ import torch
 from .extra_channels import FLOATS
 from .kernels import REFERENCE
 from .kernels.reference import QUANTIZED_MAX, store_quantized
-from .linear import RESIDENT, Adapter, Adapters, HighRank, Operand, operand, packed, put_weights
+from .linear import RESIDENT, Adapter, Adapters, HighRank, LowRank, Operand, operand, packed, put_weights
 from .quantize import QuantizedTensor, replace_parts
 
 # Steps * rank * output tokens of a run from which fusing takes less time than it saves, for weights in 16 and 32 bits that
@@ -125,17 +125,17 @@ class FusedLoras:
         target = op.weight if host is not None else _alike(op.weight)
         scale = None if op.scale is None else torch.empty_like(op.scale)
         self._changed.append(_Changed(op, kept))  # from here on the weight is no longer sure to be W
-        kernels = self._model.kernels or REFERENCE
-        row = 0
-        for width, each in zip(op.widths, adapters, strict=True):
-            part = slice(row, row + width)
-            row += width
-            source = op.weight[part]
-            out = source if target is op.weight else target[part]
-            if op.scale is None or scale is None:
+        sources = op.weight.split(op.widths)
+        results = sources if target is op.weight else target.split(op.widths)
+        if op.scale is None or scale is None:
+            for source, each, out in zip(sources, adapters, results, strict=True):
                 _add_to_float(source, each, out)
-            else:
-                _add_to_quantized(source, op.scale[part], each, out, scale[part], kernels)
+            put_weights(op.modules, results)
+            return
+        kernels = self._model.kernels or REFERENCE
+        scales = zip(op.scale.split(op.widths), scale.split(op.widths), strict=True)
+        for source, each, out, (before, after) in zip(sources, adapters, results, scales, strict=True):
+            _add_to_quantized(source, before, each, out, after, kernels)
         _put(op, target, scale)
 
     @torch.inference_mode()
@@ -221,6 +221,8 @@ def _factors(adapters: Sequence[Adapter]) -> tuple[torch.Tensor, torch.Tensor] |
     if not terms:
         return None
     dtype = terms[0].a.dtype
+    if len(terms) == 1 and terms[0].scale == 1:
+        return terms[0].a, terms[0].b
     a = torch.cat([term.a.to(dtype) for term in terms])
     return a, torch.cat([(term.b * term.scale).to(dtype) for term in terms], dim=1)
 
@@ -230,6 +232,12 @@ def _high_rank(adapters: Sequence[Adapter]) -> list[HighRank]:
 
 
 def _add_to_float(weight: torch.Tensor, adapters: Sequence[Adapter], out: torch.Tensor) -> None:
+    if len(adapters) == 1 and isinstance(
+        adapters[0], LowRank
+    ):  # nothing to join: at 720 linears, each operation counts
+        (term,) = adapters
+        torch.addmm(weight, term.b.to(weight.dtype), term.a.to(weight.dtype), alpha=term.scale, out=out)
+        return
     factors, whole = _factors(adapters), _high_rank(adapters)
     if whole:
         total = weight.to(torch.float32, copy=True)

@@ -21,6 +21,7 @@ import torch
 from safetensors import safe_open
 
 from .errors import LORA
+from .finite import all_finite
 from .linear import Adapter, HighRank, LowRank
 
 # Of the term that a LoHa or LoKr becomes: at 256 it has a sixth (attention) to a tenth (MLP) of the numbers of the weights
@@ -64,19 +65,12 @@ def check_numbers(path: Path, state: Mapping[str, torch.Tensor]) -> None:
             raise ValueError(f"{LORA} {path.name}: {key} has rank zero ({list(tensor.shape)}). {DAMAGED}")
         if key.endswith(".alpha") and tensor.numel() != 1:
             raise ValueError(f"{LORA} {path.name}: {key} is {list(tensor.shape)}, it must be one number. {DAMAGED}")
-        if not _finite(tensor):
+        if not all_finite(tensor):
             raise ValueError(f"{LORA} {path.name}: {key} holds NaN or infinity. {DAMAGED}")
 
 
 def _no_such_kind(key: str) -> str:
     return f"{key} is of a kind that this node does not apply (it knows LoRA, LoHa and LoKr). {ELSEWHERE}"
-
-
-def _finite(tensor: torch.Tensor) -> bool:
-    if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()
-    # One pass without a copy, where isfinite takes several: what is not finite makes the sum so, and so may large numbers.
-    return math.isfinite(tensor.sum(dtype=torch.float32)) or bool(torch.isfinite(tensor).all())
 
 
 def parts_by_module(path: Path, state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, Stored]]:

@@ -12,14 +12,15 @@ from PIL import Image
 
 def to_pil(image: torch.Tensor) -> Image.Image:
     """One picture ``[H, W, 3]``, float in [0, 1] -> 8-bit RGB, rounded to nearest."""
-    array = image.detach().float().cpu().clamp(0, 1).mul(255).round().to(torch.uint8).numpy()
+    array = image.detach().float().cpu().mul(255).round_().clamp_(0, 255).to(torch.uint8).numpy()
     return Image.fromarray(array, mode="RGB")
 
 
 def to_tensor(picture: Image.Image) -> torch.Tensor:
     """8-bit RGB -> ``[1, H, W, 3]`` float32 in [0, 1]."""
-    # np.array copies: a tensor over PIL's own buffer would be read-only
-    return torch.from_numpy(np.array(picture)).unsqueeze(0).float().div_(255)
+    pixels = np.asarray(picture).astype(np.float32)
+    pixels /= 255
+    return torch.from_numpy(pixels).unsqueeze(0)
 
 
 def resize(picture: Image.Image, width: int, height: int) -> Image.Image:

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from .finite import all_finite
+
 # PIL first averages whole blocks of pixels when the picture shrinks by more than this, then filters. Three is
 # the value PIL documents as "almost indistinguishable from" filtering alone; it keeps a 20000-pixel side
 # affordable.
@@ -43,7 +45,7 @@ def to_rgb(image: torch.Tensor, name: str = "image") -> torch.Tensor:
             f"[QE_INPUT] {name}: got the empty shape {shape}, expected at least one picture of at least 1×1 pixel."
         )
     image = image.detach().to(device="cpu", dtype=torch.float32)
-    if not bool(torch.isfinite(image).all()):
+    if not all_finite(image):
         nan, inf = int(torch.isnan(image).sum()), int(torch.isinf(image).sum())
         raise ValueError(
             f"[QE_NAN] {name}: {nan} NaN and {inf} Inf values in {shape}, expected finite values from 0 to "

@@ -14,7 +14,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import comfy.model_management
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from comfy.patcher_extension import CallbacksMP
 from server import PromptServer
 
@@ -28,23 +28,52 @@ def still_loaded(patcher: Any) -> bool:
     """Whether DynamicVRAM has the whole model on the card as this patcher wants it, so that loading would change nothing.
 
     ComfyUI then prepares every weight again and sends the small ones over the bus again, which for a text encoder takes
-    longer than encoding. What remains of loading is done here: the model's pages are the last that others may take.
+    longer than encoding. What remains of loading is done here.
     """
     if not patcher.is_dynamic() or all(
         entry.model is not patcher for entry in comfy.model_management.current_loaded_models
     ):
         return False
-    model, extras = patcher.model, (patcher.patches, patcher.injections, patcher.forced_hooks)
-    if any(extras) or patcher.get_all_callbacks(CallbacksMP.ON_LOAD) or model.model_loaded_weight_memory == 0:
+    return patcher.loaded_size() >= patcher.model_size() and _still_prepared(patcher)
+
+
+class PreparedOnce(ModelPatcherDynamic):
+    """DynamicVRAM for a model without patches, of which each run uses a part (a VAE encodes or decodes): what is not on the
+    card comes when it is used, however long ago it was prepared. Preparing a VAE takes longer than a picture's decoding."""
+
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if device_to == self.load_device and _still_prepared(self):
+            return None
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+
+def prepare_once(patcher: Any) -> None:
+    """Have ComfyUI prepare this patcher's model again only after it has unloaded it; those without DynamicVRAM are left alone."""
+    if type(patcher) is ModelPatcherDynamic:
+        patcher.__class__ = PreparedOnce
+
+
+def _still_prepared(patcher: Any) -> bool:
+    """Whether DynamicVRAM would prepare the weights as it has left them. Then what remains of loading is done: the model's
+    pages are the last that others may take, its pinned memory counts as used."""
+    model = patcher.model
+    extras = (patcher.patches, patcher.weight_wrapper_patches, patcher.object_patches, patcher.injections)
+    if (
+        any(extras)
+        or patcher.forced_hooks
+        or patcher.get_all_callbacks(CallbacksMP.ON_LOAD)
+        or model.model_loaded_weight_memory == 0
+    ):
         return False
     room = comfy.model_management.get_free_memory(patcher.load_device)
     if (
-        model.current_weight_patches_uuid != patcher.patches_uuid
-        or patcher.loaded_size() < patcher.model_size()
+        patcher.current_loaded_device() != patcher.load_device  # a clone may have another
+        or model.current_weight_patches_uuid != patcher.patches_uuid
         or room < comfy.model_management.minimum_inference_memory()
     ):
         return False
     model.dynamic_vbars[patcher.load_device].prioritize()
+    model.dynamic_pins[patcher.load_device]["active"] = True
     return True
 
 

@@ -13,6 +13,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
 from ...qwen_edit.doctor import examine_model, examine_run
 from ...qwen_edit.errors import INPUT, NAN
+from ...qwen_edit.finite import all_finite
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
 from .doctor import report
@@ -94,8 +95,8 @@ def sample(
         recipe.true_cfg_scale,
         comfy.samplers.sampler_object("euler"),
         sigmas,
-        positive,
-        negative,
+        _on_card(positive, prepared.load_device),
+        _on_card(negative, prepared.load_device),
         samples,
         noise_mask=latent.get("noise_mask"),
         callback=_counted(callback or latent_preview.prepare_callback(prepared, recipe.steps), steps),
@@ -104,6 +105,17 @@ def sample(
     check_finite(result, model)
     count("edits", len(result))
     return latent | {"samples": result}
+
+
+def _on_card(conditioning: list, device: torch.device) -> list:
+    """Text and references where the forward takes them. From RAM ComfyUI joins and copies them in every step, and as that
+    memory is not pinned, the next step is prepared only when the card is done with the one before."""
+    result = []
+    for embeds, values in conditioning:
+        if "reference_latents" in values:
+            values = values | {"reference_latents": [latent.to(device) for latent in values["reference_latents"]]}
+        result.append([embeds.to(device), values])
+    return result
 
 
 def join(conditionings: Sequence[list]) -> list:
@@ -160,13 +172,13 @@ def native_latent(model, latent: dict) -> dict:
             f"{INPUT} The LATENT is {list(samples.shape)}; this model needs [batch, 16, 1, height/8, width/8]."
             " Connect the one from QwenEditEncode."
         )
-    if not torch.isfinite(samples).all():
+    if not all_finite(samples):
         raise ValueError(f"{NAN} The LATENT that goes in holds NaN or infinity.")
     return {k: v for k, v in latent.items() if not k.startswith("downscale_ratio")} | {"samples": samples}
 
 
 def check_finite(samples: torch.Tensor, model) -> None:
-    if torch.isfinite(samples).all():
+    if all_finite(samples):
         return
     transformer: HostTransformer = model.model.diffusion_model
     precision = transformer.precision

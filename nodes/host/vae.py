@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from ...qwen_edit.checkpoints import check_names, read_config, read_header, weight_files
 from ...qwen_edit.doctor import VaeFacts
 from ...qwen_edit.errors import WEIGHTS
+from .memory import prepare_once
 from .picture_vae import run_pictures_in_2d
 
 
@@ -73,6 +74,7 @@ def vae_facts(vae, name: str | None = None, replaces_that_of: str | None = None)
 def _for_pictures(vae: comfy.sd.VAE) -> comfy.sd.VAE:
     vae.not_video = True  # or an IMAGE batch of two would be encoded as a video
     run_pictures_in_2d(vae)
+    prepare_once(vae.patcher)
     return vae
 
 

@@ -14,17 +14,22 @@ CODE = """
 import json
 from types import SimpleNamespace
 import comfy.model_management as management
-from pack.nodes.host.memory import still_loaded
+from comfy.model_patcher import ModelPatcherDynamic
+from pack.nodes.host.memory import PreparedOnce, still_loaded
 
 prioritized = []
 
 
 def patcher(**different):
     pages = SimpleNamespace(prioritize=lambda: prioritized.append(1))
-    model = SimpleNamespace(current_weight_patches_uuid=1, model_loaded_weight_memory=8, dynamic_vbars={"card": pages})
+    model = SimpleNamespace(
+        current_weight_patches_uuid=1, model_loaded_weight_memory=8, dynamic_vbars={"card": pages},
+        dynamic_pins={"card": {"active": False}},
+    )
     given = {
         "model": model, "load_device": "card", "patches": {}, "injections": {}, "forced_hooks": None, "patches_uuid": 1,
-        "is_dynamic": lambda: True, "get_all_callbacks": lambda kind: [], "loaded_size": lambda: 100, "model_size": lambda: 100,
+        "weight_wrapper_patches": {}, "object_patches": {},
+        "is_dynamic": lambda: True, "get_all_callbacks": lambda kind: [], "current_loaded_device": lambda: "card", "loaded_size": lambda: 100, "model_size": lambda: 100,
     }
     return SimpleNamespace(**(given | different))
 
@@ -46,6 +51,7 @@ found["classic"] = answer(patcher(is_dynamic=lambda: False))
 found["in part"] = answer(patcher(loaded_size=lambda: 99))
 found["with a LoRA"] = answer(patcher(patches={"weight": 1}))
 found["after a clone with a LoRA"] = answer(patcher(patches_uuid=2))
+found["with another object in it"] = answer(patcher(object_patches={"layer": 1}))
 found["with injections"] = answer(patcher(injections={"bypass_lora": []}))
 found["with hooks"] = answer(patcher(forced_hooks=["hook"]))
 found["with callbacks"] = answer(patcher(get_all_callbacks=lambda kind: [print]))
@@ -53,10 +59,29 @@ small = patcher()
 small.model.model_loaded_weight_memory = 0
 found["small weights taken off"] = answer(small)
 assert prioritized == [1]
-print("RESULT", json.dumps(found))
+
+
+def prepares(device="card", **different):
+    # whether a patcher that prepares once asks ComfyUI to prepare its model
+    asked = []
+    ModelPatcherDynamic.partially_load = lambda self, *given: asked.append(given)
+    one = object.__new__(PreparedOnce)
+    vars(one).update(vars(patcher(loaded_size=lambda: 50)), **different)
+    management.get_free_memory = lambda device: 2**40
+    one.partially_load(device)
+    return bool(asked)
+
+
+again = {"on the card in part": prepares()}
+again["elsewhere"] = prepares(device="other card")
+again["on another card now"] = prepares(current_loaded_device=lambda: "other card")
+again["with a LoRA"] = prepares(patches={"weight": 1})
+again["unloaded since"] = prepares(model=small.model)
+print("RESULT", json.dumps({"skipped": found, "prepared": again}))
 """
 
 
 def test_only_what_loading_would_not_change(host):
     found = json.loads(run_in_comfyui(host, CODE).split("RESULT", 1)[1])
-    assert [name for name, skipped in found.items() if skipped] == ["whole"]
+    assert [name for name, skipped in found["skipped"].items() if skipped] == ["whole"]
+    assert [name for name, prepared in found["prepared"].items() if not prepared] == ["on the card in part"]
