@@ -87,17 +87,17 @@ class ExtraChannels:
     def __init__(self) -> None:
         self._laid: weakref.WeakKeyDictionary[torch.nn.Module, _Laid] = weakref.WeakKeyDictionary()
 
-    def extended(self, op: Operand, adapters: Adapters, lasts: bool = True) -> Operand:
+    def extended(self, op: Operand, adapters: Adapters, in_columns: bool = True) -> Operand:
         """``op`` with the adapters of its modules as channels; as it is without adapters, or where its weight's form does
         not allow it (the adapters are then added to the result).
 
         Args:
-            lasts: whether the next product will find the same weight, and what was written behind it.
+            in_columns: whether spare columns may lie behind the weight, and be found there by the next product.
         """
         given = [adapters.get(module, ()) for module in op.modules]
         mine = [[a for a in each if isinstance(a, LowRank)] for each in given]
         some_do_not = sum(map(len, mine)) < sum(map(len, given))
-        if not any(mine) or some_do_not or op.weight is None or not _suits(op, lasts):
+        if not any(mine) or some_do_not or op.weight is None or not _suits(op, in_columns):
             return op
         adapters_in_order = [a for each in mine for a in each]
         laid = self._laid.get(op.modules[0])
@@ -144,12 +144,12 @@ def _address(scale: torch.Tensor | None) -> int:
     return 0 if scale is None else scale.data_ptr()
 
 
-def _suits(op: Operand, lasts: bool) -> bool:
+def _suits(op: Operand, in_columns: bool) -> bool:
     assert op.weight is not None
     if _is_added(op):
         return len(set(op.widths)) == 1
     dtype = op.weight.dtype
-    return lasts and ((dtype in FLOATS and op.scale is None) or (dtype == FP8 and op.scale is not None))
+    return in_columns and ((dtype in FLOATS and op.scale is None) or (dtype == FP8 and op.scale is not None))
 
 
 def _is_added(op: Operand) -> bool:
