@@ -12,8 +12,8 @@ the sum of weight and LoRA again is off by that much of the whole weight.
 
 int8: a row of W has one scale for steps too coarse to share, so t and B stay floats, and our product adds t B^T to the sums
 that it still holds in registers. t is an int8 product itself, of the rows that W is multiplied with and A in int8; each of
-the two roundings moves the LoRA's term by about a per cent of itself. This needs no columns behind the weight, so weights that are made for each product
-(4 bits, unpacked to int8) have it, too.
+the two roundings moves the LoRA's term by about a per cent of itself. This needs no columns behind the weight, so weights
+that lie in buffers (streamed blocks) or are made for each product (4 bits, unpacked to int8) have it, too.
 """
 
 import math
