@@ -4,7 +4,7 @@
 
 Stacks: one of rank 32; one of rank 64, as Lightning's; that and three of rank 32. All linears of the blocks but the
 modulation have them. "afterwards": the terms are added to each product's result, as peft does, and not as channels of the
-product (see ``extra_channels.py``). A LoRA changes its weights by 2 %. A switch is a forward with another stack than the
+product or in its registers (see ``extra_channels.py``). A LoRA changes its weights by 2 %. A switch is a forward with another stack than the
 one before, less one with the same. Errors are of the velocity with the last stack, relative to float32, with
 ``--exact-layers``. ``--peft`` measures diffusers with peft beside it.
 
@@ -98,13 +98,13 @@ def errors(options, device) -> dict[str, Any]:
     exact = case.ours(whole, torch.float32)
     del whole
     rows = {}
-    for form in (None, "fp8"):
+    for form in (None, "fp8", "int8"):
         model = ours(source, form, "auto")
         row = {"without": relative(case.ours(model), exact)}
         model.adapters = {model.get_submodule(name): each for name, each in named.items()}
         row["afterwards"] = relative(case.ours(model), exact)
         model.channels = ExtraChannels()
-        row["as channels"] = relative(case.ours(model), exact)
+        row["in the product"] = relative(case.ours(model), exact)
         rows[form or "bf16"] = row
     return rows
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .four_bit import is_four_bit, unpacked_weights
-from .kernels import FusedKernels, Rows
+from .kernels import Addend, FusedKernels, Rows
 from .packed import PackedLinear, unpacked
 from .quantize import QuantizedTensor, multiplies, plain_parts, quantized_matmul, replace_parts
 
@@ -89,11 +89,15 @@ RESIDENT = Resident()
 
 @dataclass(frozen=True)
 class Channels:
-    """Adapters as input channels of a product: ``gain * (x @ down.T)`` goes behind x, and the weight has columns for it
-    (see ``extra_channels.py``). ``down`` ``[R, K]`` in the rows' dtype, ``gain`` ``[R]`` in float32."""
+    """Adapters as a part of a product: ``t = gain * (x @ down.T)`` goes behind x, and the weight has columns for it
+    (see ``extra_channels.py``). ``down`` ``[R, K]`` in the rows' dtype, ``gain`` ``[R]`` in float32.
+
+    With ``up`` (int8) x and the weight stay as they are, and t and ``up`` are the product's ``kernels.Addend``.
+    """
 
     down: torch.Tensor
     gain: torch.Tensor
+    up: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -101,8 +105,8 @@ class Operand:
     """A linear, or several that share their input, ready to be multiplied with.
 
     ``weight`` ``[N, K]``; ``scale`` ``[N, 1]`` where it is quantized; without a weight the modules are called. ``widths``
-    are the modules' output features, which lie side by side in the result. With ``channels`` the weight's rows go on behind
-    their K columns.
+    are the modules' output features, which lie side by side in the result. With ``channels`` that have no ``up`` the
+    weight's rows go on behind their K columns.
     """
 
     modules: tuple[nn.Module, ...]
@@ -115,7 +119,7 @@ class Operand:
     @property
     def room(self) -> int:
         """How many columns the rows need behind them."""
-        return 0 if self.channels is None else len(self.channels.gain)
+        return 0 if self.channels is None or self.channels.up is not None else len(self.channels.gain)
 
     @property
     def prologue(self) -> torch.dtype | None:
@@ -242,7 +246,8 @@ def multiply(
         y = _plain(op, x, out)
     else:
         assert rows.scale is not None, "the prologue did not quantize these rows"
-        y = quantized_matmul(x, rows.scale, op.weight, op.scale, op.bias, dtype, out)
+        addend = _addend(op, rows, dtype)
+        y = quantized_matmul(x, rows.scale, op.weight, op.scale, op.bias, dtype, out, addend)
     if adapters and not in_channels:
         for module, part in zip(op.modules, y.split(op.widths, dim=1), strict=True):
             low_rank(part, rows.unquantized if module in adapters else rows.data, adapters.get(module, ()))
@@ -253,9 +258,20 @@ def _with_channels(op: Operand, rows: Rows, kernels: FusedKernels) -> tuple[Oper
     """Weight and rows with the adapters' channels behind them, if both have room; and whether they have."""
     if op.channels is None or op.weight is None or rows.room < op.room:
         return op, rows.data if op.scale is not None else rows.unquantized, False
+    if op.channels.up is not None:
+        return op, rows.data, True
     x = kernels.append_low_rank(rows.data, op.channels.down, op.channels.gain)
     weight = op.weight.as_strided((op.weight.shape[0], x.shape[1]), op.weight.stride())
     return replace(op, weight=weight), x, True
+
+
+def _addend(op: Operand, rows: Rows, dtype: torch.dtype) -> Addend | None:
+    """The adapters' term of an int8 product, from the rows that the product itself takes."""
+    if op.channels is None or op.channels.up is None:
+        return None
+    assert rows.scale is not None
+    t = quantized_matmul(rows.data, rows.scale, op.channels.down, op.channels.gain[:, None], None, dtype)
+    return Addend(t, op.channels.up)
 
 
 def multiply_gelu(
@@ -283,11 +299,15 @@ def _plain(op: Operand, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tens
 
 
 def low_rank(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:
-    """``y += scale * (x A^T) B^T`` in place for each adapter; y ``[M, N]``, x ``[M, K]``. One of high rank costs as much as
-    the linear itself."""
+    """``y += scale * (x A^T) B^T`` in place for all adapters; y ``[M, N]``, x ``[M, K]``. Those of low rank are one, so that
+    y is read and written once; one of high rank costs as much as the linear itself."""
+    terms = [adapter for adapter in adapters if isinstance(adapter, LowRank)]
+    if len(terms) == 1:
+        y.addmm_(F.linear(x, terms[0].a), terms[0].b.t(), alpha=terms[0].scale)
+    elif terms:
+        b = torch.cat([term.b if term.scale == 1 else term.b * term.scale for term in terms], dim=1)
+        y.addmm_(F.linear(x, torch.cat([term.a for term in terms])), b.t())
     for adapter in adapters:
         if isinstance(adapter, HighRank):
             y.addmm_(x, adapter.difference().to(x.dtype).t())
-        else:
-            y.addmm_(F.linear(x, adapter.a), adapter.b.t(), alpha=adapter.scale)
     return y

@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .kernels.reference import quantize_rows
+from .kernels import RANK_STEP, Addend
+from .kernels.reference import add_low_rank, quantize_rows
 from .layouts import FOUR_BIT, ROWWISE_FP8, QuantizedTensor
 from .layouts import MISSING as MISSING  # asked for with the rest
 
@@ -206,22 +207,28 @@ def quantized_matmul(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
     out: torch.Tensor | None = None,
+    addend: Addend | None = None,
 ) -> torch.Tensor:
     """``(x * x_scale) @ (weight * weight_scale).T + bias`` in ``dtype``.
 
     Args:
         x: ``[M, K]``, fp8 or int8; ``x_scale`` ``[M, 1]``.
         weight: ``[N, K]`` of the same dtype; ``weight_scale`` ``[N, 1]``.
+        addend: of int8 products: what is added to the result before it is rounded.
     """
-    multiply = _product(x.device, x.dtype, dtype)
+    assert addend is None or x.dtype == INT8
+    multiply = _product(x.device, x.dtype, dtype, addend is not None)
     if multiply is not None:
-        return multiply(x, x_scale, weight, weight_scale, bias, dtype, out)
+        more = () if addend is None else (addend,)
+        return multiply(x, x_scale, weight, weight_scale, bias, dtype, out, *more)
     y = F.linear(x.float() * x_scale, weight.float() * weight_scale, None if bias is None else bias.float())
+    if addend is not None:
+        add_low_rank(y, addend)
     return y.to(dtype) if out is None else out.copy_(y)
 
 
 @lru_cache(maxsize=16)
-def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
+def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype, with_addend: bool = False):
     """The card's own product of this form, or None where it has none (the float product above is then exact)."""
     if device.type != "cuda":
         return None
@@ -229,7 +236,7 @@ def _product(device: torch.device, form: torch.dtype, dtype: torch.dtype):
     if form == FP8:
         runs = capability >= (8, 9) and dtype in (torch.bfloat16, torch.float16) and fp8_problem(device) is None
         return _scaled_mm if runs else None
-    return _int8_product(device, dtype) if capability >= (7, 5) else None
+    return _int8_product(device, dtype, with_addend) if capability >= (7, 5) else None
 
 
 def unpacked_form(device: torch.device, dtype: torch.dtype) -> torch.dtype | None:
@@ -272,14 +279,15 @@ def _scaled_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
     return torch._scaled_mm(x, weight.t(), bias=bias, out=out, **arguments)
 
 
-def _int8_product(device: torch.device, dtype: torch.dtype):
+def _int8_product(device: torch.device, dtype: torch.dtype, with_addend: bool):
     """Our kernel, tried with a real call; PyTorch's where Triton or the card refuses it."""
     x = torch.ones((32, 32), dtype=torch.int8, device=device)
     scale = torch.ones((32, 1), device=device)
+    factor = torch.ones((RANK_STEP, 32), dtype=dtype, device=device)
     try:
         from .kernels.int8_matmul import int8_matmul
 
-        int8_matmul(x, scale, x, scale, None, dtype)
+        int8_matmul(x, scale, x, scale, None, dtype, None, Addend(factor, factor) if with_addend else None)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # the note on the node says that Triton does not run, and why
@@ -287,9 +295,11 @@ def _int8_product(device: torch.device, dtype: torch.dtype):
     return int8_matmul
 
 
-def _int_mm(x, x_scale, weight, weight_scale, bias, dtype, out):
+def _int_mm(x, x_scale, weight, weight_scale, bias, dtype, out, addend=None):
     count = len(x)
     x = F.pad(x, (0, 0, 0, max(0, LEAST_INT_MM_ROWS - count)))
     y = torch._int_mm(x, weight.t())[:count].float() * x_scale * weight_scale.t()
+    if addend is not None:
+        add_low_rank(y, addend)
     y = (y if bias is None else y + bias).to(dtype)
     return y if out is None else out.copy_(y)

@@ -58,8 +58,9 @@ class Forward:
         kernels: the fused operations, see ``kernels``.
         weights: where weights are read from.
         adapters: active LoRAs.
-        channels: owner of the weights' spare columns, in which adapters go through the products; None: they are added to
-            the results.
+        channels: owner of what lets adapters go through the products (spare columns of the weights, addends in int8);
+            None: they are added to the results.
+        spare_columns: whether the weights may have them: not in the buffers of streamed blocks.
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
@@ -70,19 +71,23 @@ class Forward:
     weights: WeightReader = RESIDENT
     adapters: Adapters = field(default_factory=dict)
     channels: ExtraChannels | None = None
+    spare_columns: bool = True
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
     mlp_rows: int | None = None
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        if (unpacked := unpacked_operand(modules)) is not None:
-            return [unpacked]
-        operands = [operand(self.weights, m) for m in modules]
-        joined = packed(operands) if len(operands) > 1 else operands[0]
+        unpacked = joined = unpacked_operand(modules)
         if joined is None:
-            return operands
-        return [joined if self.channels is None else self.channels.extended(joined, self.adapters)]
+            operands = [operand(self.weights, m) for m in modules]
+            joined = packed(operands) if len(operands) > 1 else operands[0]
+            if joined is None:
+                return operands
+        if self.channels is not None:
+            in_columns = self.spare_columns and unpacked is None
+            joined = self.channels.extended(joined, self.adapters, in_columns)
+        return [joined]
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, Any]:
         """What the operation before these linears has to produce for them."""
@@ -281,7 +286,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     resolved from the device on the first call. Setting ``modulation`` to a ``ModulationCache`` keeps the modulation of
     timesteps seen before; the weights must then stay as they are. ``adapters`` are the active LoRAs; with ``channels``
     they cost less, and the weights' memory becomes larger by their size. ``stream`` brings the blocks that are to stay in
-    RAM; adapters are then added to the results.
+    RAM; adapters are then added to the results, except to those of int8 weights.
     """
 
     attention: KernelChoice | None = None
@@ -325,7 +330,8 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             self.attention.attend,
             self.kernels,
             adapters=self.adapters,
-            channels=None if stream.streamed else self.channels,
+            channels=self.channels,
+            spare_columns=not stream.streamed,
             before_block=stream.before_block,
         )
         with stream:

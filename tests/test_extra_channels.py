@@ -1,4 +1,5 @@
-"""LoRAs as extra channels of the products: the same result as adding them to it, and no trace without them."""
+"""LoRAs as extra channels of the products, or their addends: the same result as adding them to it afterwards, and no trace
+without them."""
 
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import LowRank, pack
 from qwen_edit.lora import read_lora
-from qwen_edit.quantize import QuantizedTensor, prepare, quantize_weight
+from qwen_edit.quantize import INT8, QuantizedTensor, prepare, quantize_weight
 from qwen_edit.transformer import Forward, QwenEditTransformer
 
 DEMO = Path(__file__).resolve().parents[1] / "demo_model"
 
-BOUNDS = {None: 1e-6, "fp8": 0.05}
+BOUNDS = {None: 1e-6, "fp8": 0.05, "int8": 0.015}
+TERM_BOUNDS = {None: 1e-5, "fp8": 0.08, "int8": 0.015}
 
 
 def weight_data(module) -> torch.Tensor:
@@ -46,7 +48,7 @@ def seen(x: torch.Tensor, form: str | None) -> torch.Tensor:
     return x if form is not None else nn.functional.gelu(x, approximate="tanh")
 
 
-@pytest.fixture(params=[None, "fp8"], ids=["float", "fp8"])
+@pytest.fixture(params=[None, "fp8", "int8"], ids=["float", "fp8", "int8"])
 def form(request):
     torch.manual_seed(0)
     return request.param
@@ -76,7 +78,7 @@ def test_adapters_of_any_number_and_rank(form, qkv, x):
         assert error(got, exact(seen(x, form), *qkv, adapters=adapters)) < BOUNDS[form]
         term = got - product(x, channels, {}, *qkv)
         expected = exact(seen(x, form), *qkv, adapters=adapters) - exact(seen(x, form), *qkv)
-        assert error(term, expected) < {None: 1e-5, "fp8": 0.08}[form], "the adapters' term on its own"
+        assert error(term, expected) < TERM_BOUNDS[form], "the adapters' term on its own"
 
 
 def test_they_go_through_the_product_and_not_after_it(form, qkv, x, monkeypatch):
@@ -101,6 +103,28 @@ def test_switching_back_gives_the_same_bits(form, qkv, x):
     first = product(x, channels, one, *qkv)
     assert not torch.equal(product(x, channels, other, *qkv), first)
     assert torch.equal(product(x, channels, one, *qkv), first)
+
+
+@pytest.mark.parametrize("count", [1, 37])
+@pytest.mark.parametrize("ranks", [(4,), (160,), (64, 32, 7)])
+@pytest.mark.usefixtures("interpreter")
+def test_the_int8_kernel_has_them_all(monkeypatch, count, ranks):
+    """Both halves in Triton, from int8 rows alone; the term is off by what rounding x and A to 8 bits costs."""
+    int8_matmul = pytest.importorskip("qwen_edit.kernels.int8_matmul").int8_matmul
+    monkeypatch.setattr("qwen_edit.quantize._product", lambda *_: int8_matmul)
+    qkv = [linear("int8") for _ in range(3)]
+    pack(qkv)
+    x = torch.randn(count, IN, generator=torch.Generator().manual_seed(2))
+    both = {qkv[2 - i]: [low_rank(rank, rank + i, 0.7) for rank in ranks[: 1 + i]] for i in range(2)}
+    channels = ExtraChannels()
+    forward = Forward(None, adapters=both, channels=channels)  # pyright: ignore[reportArgumentType]
+    (op,) = forward.operands(*qkv)
+    assert forward.prologue([op]) == {"quantize": INT8, "keep": False, "room": 0}
+    without = product(x, channels, {}, *qkv)
+    term = product(x, channels, both, *qkv) - without
+    assert torch.equal(term[:, :OUT], torch.zeros(count, OUT)), "of the linear that has none"
+    assert error(term, exact(x, *qkv, adapters=both) - exact(x, *qkv)) < TERM_BOUNDS["int8"]
+    assert torch.equal(product(x, channels, {}, *qkv), without)
 
 
 def test_strength(form, qkv, x):
@@ -150,11 +174,9 @@ def test_rows_without_room_get_the_term_afterwards(x):
     assert error(forward.multiply(op, rows, x.dtype), exact(x, module, adapters=adapters)) < 1e-6
 
 
-@pytest.mark.parametrize("form", ["int8", "w4a4"])
-def test_forms_that_have_no_spare_columns(form, x):
-    module = linear(form if form == "int8" else None)
-    if form == "w4a4":
-        module.weight = nn.Parameter(quantize_weight(module.weight, form), requires_grad=False)
+def test_a_form_that_only_its_library_multiplies(x):
+    module = linear(None)
+    module.weight = nn.Parameter(quantize_weight(module.weight, "w4a4"), requires_grad=False)
     adapters = {module: [low_rank(4, 1)]}
     forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
     (op,) = forward.operands(module)
@@ -183,7 +205,7 @@ def test_an_adapter_too_strong_for_fp8_is_added_afterwards(x):
 @pytest.mark.parametrize("name", ["pencil_sketch", "warm_film"])
 @torch.no_grad()
 def test_trained_loras_are_as_exact_as_added_afterwards(name):
-    """The demo model in fp8 with its LoRAs, one forward, against the same without fp8."""
+    """The demo model in 8 bits with its LoRAs, one forward, against the same in floats."""
     source = transformer_from_folder(DEMO)
     file = read_lora(DEMO / "loras" / f"qwen_edit_demo_{name}.safetensors", source.config)
     layers = {n: LowRank(layer.a.float(), layer.b.float(), layer.scale) for n, layer in file.layers.items()}
@@ -191,7 +213,7 @@ def test_trained_loras_are_as_exact_as_added_afterwards(name):
     latents = torch.randn(1, 2 * 64, 64, generator=generator)
     text = torch.randn(1, 20, source.config["joint_attention_dim"], generator=generator)
     results = {}
-    for form in (None, "fp8"):
+    for form in (None, "fp8", "int8"):
         with torch.device("meta"):
             model = QwenEditTransformer.from_config(dict(source.config))
         prepare(model, form)
@@ -205,5 +227,6 @@ def test_trained_loras_are_as_exact_as_added_afterwards(name):
             )[0]
     exact = results[None, False].double()
     assert error(results[None, True], exact) < 1e-5
-    assert error(results["fp8", False], exact) > 0.001
-    assert error(results["fp8", True], exact) < 1.15 * error(results["fp8", False], exact)
+    for form in ("fp8", "int8"):
+        assert error(results[form, False], exact) > 0.001
+        assert error(results[form, True], exact) < 1.15 * error(results[form, False], exact)

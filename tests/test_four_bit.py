@@ -9,6 +9,7 @@ from test_linear import IN, OUT, TOKENS, error, exact
 from torch import nn
 
 from qwen_edit import four_bit, quantize
+from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.four_bit import LARGEST, unpack_reference, unpacked_weights
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.layouts import BLOCK, CODES, FourBitLayout
@@ -97,7 +98,8 @@ def test_side_by_side_they_are_what_each_is(monkeypatch):
 
 @pytest.mark.parametrize("form", [FP8, INT8, None], ids=str)
 @pytest.mark.parametrize("with_lora", [False, True])
-def test_products(monkeypatch, form, with_lora):
+@pytest.mark.parametrize("channels", [None, ExtraChannels()], ids=["afterwards", "in the product"])
+def test_products(monkeypatch, form, with_lora, channels):
     for module in (four_bit, quantize):
         monkeypatch.setattr(module, "unpacked_form", lambda device, dtype: form)
     torch.manual_seed(1)
@@ -106,8 +108,10 @@ def test_products(monkeypatch, form, with_lora):
     lora = low_rank(4, 1)
     lora = replace(lora, a=lora.a.to(DEVICE), b=lora.b.to(DEVICE))
     adapters = {modules[1]: [lora]} if with_lora else {}
-    forward = Forward(None, adapters=adapters)  # pyright: ignore[reportArgumentType]
+    forward = Forward(None, adapters=adapters, channels=channels)  # pyright: ignore[reportArgumentType]
     (operand,) = forward.operands(*modules)
+    in_product = with_lora and channels is not None and form == INT8  # others have no columns that last
+    assert (operand.channels is not None) == in_product
     prologue = forward.prologue([operand])
     assert prologue["quantize"] == form
     rows = REFERENCE.quantize_rows(x, prologue["quantize"], keep=prologue["keep"], room=prologue["room"])

@@ -9,13 +9,13 @@ from functools import partial
 import pytest
 import torch
 
-from qwen_edit.kernels import Modulation, Update, reference
+from qwen_edit.kernels import RANK_STEP, Addend, Modulation, Update, reference
 from qwen_edit.kernels.contract import Rows
 from qwen_edit.quantize import FP8, INT8
 
 pytest.importorskip("triton")
 from qwen_edit.kernels import fused
-from qwen_edit.kernels.int8_matmul import TILES, int8_matmul
+from qwen_edit.kernels.int8_matmul import FEW_ROWS_TILES, NARROW_TILES, TILES, int8_matmul
 
 pytestmark = pytest.mark.usefixtures("interpreter", "poisoned")
 
@@ -319,21 +319,51 @@ def test_int8_matmul(randn, tile, biased, dtype):
     expected = dequantized(x) @ dequantized(weight).T + (0 if bias is None else bias.double())
     around = torch.empty((count, width + 16), dtype=dtype, device=DEVICE)
     for out in (None, around[:, :width]):
-        y = int8_matmul(x.data, x.scale, weight.data, weight.scale, bias, dtype, out, tile)
+        y = int8_matmul(x.data, x.scale, weight.data, weight.scale, bias, dtype, out, tile=tile)
         assert y.dtype == dtype
         assert error(y, expected) < LOOSER.get((fused, dtype), BOUNDS[dtype])
     assert y.data_ptr() == around.data_ptr()
     assert around[:, width:].isnan().all()
 
 
+@pytest.mark.parametrize("tile", [None, (16, 32, 32, 4, 2)], ids=["of the card", "small"])
+@pytest.mark.parametrize("modules", [1, 3])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("dtype", [BF16, FP16, FP32])
+def test_int8_matmul_with_a_low_rank_addend(randn, tile, modules, steps, dtype):
+    """Tiles that have columns of one module, of two and of three."""
+    if dtype == BF16 and not CARD:
+        pytest.skip("Triton's interpreter multiplies the bits of bf16 as whole numbers")
+    count, width, depth, rank = 37, 48, 112, steps * RANK_STEP
+    x, weight = (reference.quantize_rows(randn(n, depth), INT8) for n in (count, modules * width))
+    bias = randn(modules * width, dtype=dtype)
+    addend = Addend(randn(count, modules * rank, dtype=dtype), randn(modules * rank, width, dtype=dtype))
+    without = dequantized(x) @ dequantized(weight).T + bias.double()
+    terms = torch.einsum(
+        "mir,irn->min",
+        addend.t.double().unflatten(1, (modules, rank)),
+        addend.up.double().unflatten(0, (modules, rank)),
+    )
+    around = torch.empty((count, modules * width + 16), dtype=dtype, device=DEVICE)
+    for out in (None, around[:, : modules * width]):
+        y = int8_matmul(x.data, x.scale, weight.data, weight.scale, bias, dtype, out, addend, tile)
+        assert error(y, without + terms.flatten(1)) < LOOSER.get((fused, dtype), BOUNDS[dtype])
+    assert around[:, modules * width :].isnan().all()
+    plain = without.float()
+    reference.add_low_rank(plain, addend)
+    assert error(plain, without + terms.flatten(1)) < 1e-5
+
+
 @needs_card
-@pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
-def test_the_tile_changes_no_bit(randn, tile):
-    if tile != TILES[7] and torch.cuda.get_device_capability()[0] < 8:
+@pytest.mark.parametrize(
+    ("card", "tile"), [each for tiles in (TILES, NARROW_TILES, FEW_ROWS_TILES) for each in tiles.items()]
+)
+def test_the_tile_changes_no_bit(randn, card, tile):
+    if torch.cuda.get_device_capability()[0] < card:
         pytest.skip("for later cards")
     x, weight = (reference.quantize_rows(randn(n, 1024), INT8) for n in (700, 384))
     arguments = (x.data, x.scale, weight.data, weight.scale, randn(384), BF16, None)
-    assert torch.equal(int8_matmul(*arguments, tile), int8_matmul(*arguments))
+    assert torch.equal(int8_matmul(*arguments, tile=tile), int8_matmul(*arguments))
 
 
 # Launched again

@@ -156,6 +156,6 @@ def test_names_and_activations(resolved):
 @pytest.mark.parametrize(("card", "form"), [("Pascal", None), ("Turing", quantize.INT8), ("Hopper", quantize.FP8)])
 def test_4_bit_weights_become_what_the_card_multiplies(resolved, monkeypatch, card, form):
     quantize._product.cache_clear()
-    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype: quantize._int_mm)
+    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype, with_addend: quantize._int_mm)
     assert resolved(card, "w4a8").activations(CUDA) == form
     quantize._product.cache_clear()

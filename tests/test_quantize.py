@@ -312,7 +312,7 @@ def test_unquantized_weights_are_converted_as_they_are():
 def test_the_product_of_a_card(monkeypatch, capability, has_fp8, has_int8):
     int8 = object()
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype: int8)
+    monkeypatch.setattr(quantize, "_int8_product", lambda device, dtype, with_addend: int8)
     monkeypatch.setattr(quantize, "fp8_problem", lambda device: None)
     product, card = quantize._product.__wrapped__, torch.device("cuda", 0)
     for dtype in (BF16, torch.float16, FP32):
@@ -323,7 +323,7 @@ def test_the_product_of_a_card(monkeypatch, capability, has_fp8, has_int8):
 
 def test_without_triton_int8_is_pytorchs_product(monkeypatch):
     monkeypatch.setitem(sys.modules, "qwen_edit.kernels.int8_matmul", None)
-    assert quantize._int8_product(CPU, BF16) is quantize._int_mm
+    assert quantize._int8_product(CPU, BF16, False) is quantize._int_mm
 
 
 @pytest.mark.parametrize("biased", [True, False])

@@ -13,6 +13,7 @@ from torch import nn
 
 from qwen_edit.attention import resolve
 from qwen_edit.blocks import BLOCK_TYPES
+from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.host_memory import HostMemory, available_memory
 from qwen_edit.kernels import resolve_kernels
 from qwen_edit.linear import RESIDENT, LowRank, operand, pack, packed
@@ -33,7 +34,7 @@ Q8_0 = BLOCK_TYPES["Q8_0"]
 def model_of(form: str | None, device: str) -> Any:
     """All blocks on the device, nothing streamed."""
     model = random_model(form, device)
-    model.stream, model.adapters = None, {}
+    model.stream, model.adapters, model.channels = None, {}, None
     for block in model.transformer_blocks:
         block.to(device)
     return model
@@ -172,15 +173,22 @@ def test_queries_keys_and_values_are_one_product_in_a_buffer(device, form):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_a_lora_is_added(device):
-    model = model_of("fp8", device)
-    linear = model.transformer_blocks[1].attn.to_q
+@pytest.mark.parametrize(
+    ("form", "channels"),
+    [("fp8", None), ("int8", ExtraChannels())],
+    ids=["after the product", "in the product, which needs no columns in the buffers"],
+)
+def test_a_lora_is_added(device, form, channels):
+    model = model_of(form, device)
+    model.channels = channels
+    linear = model.transformer_blocks[1].attn.to_out[0]
     make = torch.Generator().manual_seed(3)
     a, b = torch.randn(4, 128, generator=make), torch.randn(128, 4, generator=make)
     like = model.img_in.weight
     model.adapters = {linear: [LowRank(a.to(like), b.to(like), 0.1)]}
     expected = run(model)
     stream_of(model, (0, 1, 2), device)
+    model.channels = ExtraChannels()
     assert torch.equal(run(model), expected)
     model.adapters = {}
     assert not torch.equal(run(model), expected)

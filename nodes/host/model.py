@@ -137,7 +137,8 @@ class HostTransformer(QwenEditTransformer):
                 self.kernels,
                 adapters=adapters_for(self, x, transformer_options),
                 # in buffers there is no room behind the weights, and on a card without room for them twice none for more
-                channels=None if stream.streamed or self.fused.in_ram else self.channels,
+                channels=self.channels,
+                spare_columns=not stream.streamed and not self.fused.in_ram,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before_block,
             )

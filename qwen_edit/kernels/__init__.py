@@ -11,9 +11,19 @@ from functools import lru_cache
 import torch
 
 from . import reference
-from .contract import Modulation, Rows, Update, padded_width
+from .contract import RANK_STEP, Addend, Modulation, Rows, Update, padded_width
 
-__all__ = ["REFERENCE", "FusedKernels", "Modulation", "Rows", "Update", "padded_width", "resolve_kernels"]
+__all__ = [
+    "RANK_STEP",
+    "REFERENCE",
+    "Addend",
+    "FusedKernels",
+    "Modulation",
+    "Rows",
+    "Update",
+    "padded_width",
+    "resolve_kernels",
+]
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import torch
 
 LINE = 128  # elements: rows that begin on a cache line of their own multiply faster
 
+RANK_STEP = 32  # products take steps of 16; of fewer shapes, fewer are new to them
+
 
 def padded_width(width: int, room: int) -> int:
     """From one row to the next, if each of ``width`` elements has at least ``room`` more behind it."""
@@ -64,3 +66,21 @@ class Update:
 
     y: torch.Tensor
     modulation: Modulation
+
+
+@dataclass(frozen=True)
+class Addend:
+    """A low-rank term of a product's result, of whose columns several modules of one width have their own, side by side.
+
+    Each module has R ranks: module i adds ``t[:, i R : (i + 1) R] @ up[i R : (i + 1) R]`` to its columns. ``t`` is
+    ``[M, modules * R]`` and ``up`` ``[modules * R, width]``, both contiguous and of the result's dtype; R is a multiple of
+    ``RANK_STEP``.
+    """
+
+    t: torch.Tensor
+    up: torch.Tensor
+
+    def rank_of(self, columns: int) -> int:
+        """R, if the result has this many columns."""
+        ranks, width = self.up.shape
+        return ranks * width // columns

@@ -6,7 +6,7 @@ Each function has a twin of the same name and contract in ``fused.py``.
 import torch
 import torch.nn.functional as F
 
-from .contract import Modulation, Rows, Update, padded_width
+from .contract import Addend, Modulation, Rows, Update, padded_width
 
 # Largest finite values; a row's scale maps its largest number onto them.
 QUANTIZED_MAX = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
@@ -127,6 +127,13 @@ def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> 
     limit = QUANTIZED_MAX.get(x.dtype)
     extended[:, width:] = (t if limit is None else t.clamp(-limit, limit)).to(x.dtype)
     return extended
+
+
+def add_low_rank(y: torch.Tensor, addend: Addend) -> None:
+    """Add the term to a product's result ``[M, N]`` in place, as the int8 product (``int8_matmul.py``) does on its own."""
+    rank, width = addend.rank_of(y.shape[1]), addend.up.shape[1]
+    for part, t, up in zip(y.split(width, dim=1), addend.t.split(rank, dim=1), addend.up.split(rank), strict=True):
+        part.addmm_(t.to(y.dtype), up.to(y.dtype))
 
 
 def add_to_quantized(
