@@ -107,6 +107,7 @@ def test_switching_back_gives_the_same_bits(form, qkv, x):
 
 @pytest.mark.parametrize("count", [1, 37])
 @pytest.mark.parametrize("ranks", [(4,), (160,), (64, 32, 7)])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter's; test_kernels.py has the kernel on a card")
 @pytest.mark.usefixtures("interpreter")
 def test_the_int8_kernel_has_them_all(monkeypatch, count, ranks):
     """Both halves in Triton, from int8 rows alone; the term is off by what rounding x and A to 8 bits costs."""
