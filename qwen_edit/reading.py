@@ -5,8 +5,6 @@ the page cache, busy while the tensors before are copied to the card and quantiz
 that few buffers are enough: memory that is touched for the first time costs as much as reading into it.
 """
 
-import contextlib
-import mmap
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 
@@ -24,7 +23,6 @@ PART = 8 * 2**20  # bytes that one thread reads at once
 LARGE = 2**20  # tensors above this have buffers of the largest one's size, of which there are few
 LARGE_BUFFERS = 5  # one in use, one complete, three being read
 AHEAD = 4 * WORKERS  # tensors that are being read or wait for their use; most are small
-HUGE_PAGE = 2 * 2**20
 
 
 @dataclass(frozen=True)
@@ -66,55 +64,68 @@ def read_ahead(wanted: Mapping[str, Stored], *, pinned: bool) -> Iterator[tuple[
     Raises:
         OSError: a file ends early or can't be read.
     """
-    sizes = [stored.nbytes for stored in wanted.values() if not stored.keep]
-    largest, any_small = max(sizes, default=0), any(size <= LARGE for size in sizes)
+    try:
+        with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
+            try:
+                yield from _in_order(wanted, pool, pinned)
+            finally:
+                pool.shutdown(cancel_futures=True)
+    finally:
+        if pinned and hasattr(torch._C, "_host_emptyCache"):  # else torch keeps the buffers page-locked for good
+            torch._C._host_emptyCache()
+
+
+def _in_order(
+    wanted: Mapping[str, Stored], pool: ThreadPoolExecutor, pinned: bool
+) -> Iterator[tuple[str, torch.Tensor]]:
+    largest = max((stored.nbytes for stored in wanted.values() if not stored.keep), default=0)
     # by whether a tensor is large
-    free = {
-        True: [
-            torch.empty(largest, dtype=torch.uint8, pin_memory=pinned)
-            for _ in range(min(LARGE_BUFFERS, sum(size > LARGE for size in sizes)))
-        ],
-        False: [
-            torch.empty(min(largest, LARGE), dtype=torch.uint8, pin_memory=pinned)
-            for _ in range(AHEAD if any_small else 0)
-        ],
-    }
-    with ThreadPoolExecutor(WORKERS, thread_name_prefix="qwen_edit_read") as pool:
-        pending: deque[tuple[str, torch.Tensor, list[Future]]] = deque()
-        remaining = deque(wanted.items())
-        try:
-            while remaining or pending:
-                while remaining and len(pending) < AHEAD:
-                    name, stored = remaining[0]
-                    buffers = free[stored.nbytes > LARGE]
-                    if not stored.keep and not buffers:
-                        break
-                    remaining.popleft()
-                    buffer = _memory(stored.nbytes) if stored.keep else buffers.pop()
-                    starts = range(0, max(1, stored.nbytes), PART)
-                    pending.append((name, buffer, [pool.submit(_read, stored, buffer, start) for start in starts]))
-                name, buffer, parts = pending.popleft()
-                for part in parts:
-                    part.result()
-                yield name, _as_tensor(wanted[name], buffer)
-                if not wanted[name].keep:
-                    free[wanted[name].nbytes > LARGE].append(buffer)
-        finally:
-            pool.shutdown(cancel_futures=True)
-            free.clear()
-            if pinned and hasattr(torch._C, "_host_emptyCache"):  # else torch keeps the buffers page-locked for good
-                torch._C._host_emptyCache()
+    free = {True: _Buffers(largest, LARGE_BUFFERS, pinned), False: _Buffers(min(largest, LARGE), AHEAD, pinned)}
+    pending: deque[tuple[str, torch.Tensor, list[Future]]] = deque()
+    remaining = deque(wanted.items())
+    while remaining or pending:
+        while remaining and len(pending) < AHEAD:
+            name, stored = remaining[0]
+            buffers = free[stored.nbytes > LARGE]
+            if not stored.keep and not buffers.any_left:
+                break
+            remaining.popleft()
+            buffer = _fresh(stored.nbytes) if stored.keep else buffers.take()
+            starts = range(0, max(1, stored.nbytes), PART)
+            pending.append((name, buffer, [pool.submit(_read, stored, buffer, start) for start in starts]))
+        name, buffer, parts = pending.popleft()
+        for part in parts:
+            part.result()
+        yield name, _as_tensor(wanted[name], buffer)
+        if not wanted[name].keep:
+            free[wanted[name].nbytes > LARGE].give(buffer)
 
 
-def _memory(nbytes: int) -> torch.Tensor:
-    """Fresh memory, of huge pages where the system has them: touching it for the first time page by page takes longer than
-    reading into it."""
-    if nbytes < HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(nbytes, dtype=torch.uint8)
-    memory = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+class _Buffers:
+    """Equal buffers, made when they are first needed: page-locking them takes a while, and the workers read meanwhile."""
+
+    def __init__(self, nbytes: int, most: int, pinned: bool) -> None:
+        self._nbytes, self._most, self._pinned = nbytes, most, pinned
+        self._free: list[torch.Tensor] = []
+
+    @property
+    def any_left(self) -> bool:
+        return bool(self._free) or self._most > 0
+
+    def take(self) -> torch.Tensor:
+        if self._free:
+            return self._free.pop()
+        self._most -= 1
+        return torch.empty(self._nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def give(self, buffer: torch.Tensor) -> None:
+        self._free.append(buffer)
+
+
+def _fresh(nbytes: int) -> torch.Tensor:
+    """Memory of huge pages where the system has them, for which NumPy asks: touching it for the first time page by page
+    takes longer than reading into it."""
+    return torch.from_numpy(np.empty(nbytes, dtype=np.uint8))
 
 
 def read_now(stored: Stored) -> torch.Tensor:
