@@ -215,9 +215,6 @@ class BlockStream:
         self.streamed, self.device = tuple(streamed), torch.device(device)
         self._copies = None
 
-    @torch.inference_mode(
-        False
-    )  # or what moves them outside of that mode later, as /free does, would leave them unusable
     @torch.no_grad()
     def lay(self, index: int) -> None:
         """Move a block's parameters into memory of ours in RAM; those that are there stay."""

@@ -296,28 +296,14 @@ def test_weights_that_a_patcher_changes_and_restores(device, form):
         assert stream.memory.holds(plain(linear.weight))
         assert linear.bias is bias
         stream.choose((), torch.device(device))
-        for block in model.transformer_blocks:
-            block.to(device)
+        with torch.inference_mode():  # as ComfyUI loads models
+            for block in model.transformer_blocks:
+                block.to(device)
         assert torch.equal(run(model), got)  # as the resident weight
         stream = stream_of(model, (1, 2), device)
         linear.weight, bias = original, linear.bias
         stream.reset()
         assert torch.equal(run(model), expected)
-
-
-def test_weights_laid_in_inference_mode_can_be_moved_outside_of_it():
-    """As ComfyUI's /free does between prompts; a change of dtype makes other tensors of them, as a card does."""
-    model = model_of(None, "cpu")
-    stream_of(model, (1, 2), "cpu")
-    block = model.transformer_blocks[1]
-    linear = block.img_mlp.net[0].proj
-    linear.weight = nn.Parameter(linear.weight.detach().clone(), requires_grad=False)
-    run(model)
-    assert model.stream.memory.holds(linear.weight)
-    block.to(torch.float64)
-    with torch.inference_mode():
-        assert linear.weight.t().shape == linear.weight.shape[::-1]
-    nn.Module.to(block, torch.float32)
 
 
 def test_memory_is_unlocked_with_its_last_view():
