@@ -119,12 +119,12 @@ def test_the_panel_speaks_chinese(browser: Browser, tmp_path):
         browser.load_api(API, "measure_my_card")
         queue(browser, seed=3, steps=4)
         open_panel(browser)
-        browser.wait(f"return {PANEL}.querySelector('[data-state=success]')", 120)
-        shown = browser.js(f"return {PANEL}.innerText")
-        for key in ("nodes", "runs", "memory", "export", "between"):
-            assert TEXTS["zh"][key] in shown, key
-        assert TEXTS["zh"]["stages"]["denoise"] in shown
-        assert "Qwen 编辑" in shown
+        texts = [TEXTS["zh"][key] for key in ("nodes", "runs", "memory", "export", "between")]
+        texts += [TEXTS["zh"]["stages"]["denoise"], "Qwen 编辑"]
+        # of one moment: until this run begins the panel shows the one before
+        browser.wait(
+            f"const shown = {PANEL}.innerText; return {json.dumps(texts)}.every((text) => shown.includes(text))", 120
+        )
         browser.screenshot(tmp_path / "panel_zh.png")
         assert browser.problems() == []
     finally:
