@@ -31,6 +31,13 @@ CONFIG = dict(num_layers=LAYERS, attention_head_dim=128, num_attention_heads=1, 
 Q8_0 = BLOCK_TYPES["Q8_0"]
 
 
+@pytest.fixture(autouse=True)
+def inference_mode():
+    """As ComfyUI builds, moves and runs models; torch refuses weights that were made in it and moved outside of it."""
+    with torch.inference_mode():
+        yield
+
+
 def model_of(form: str | None, device: str) -> Any:
     """All blocks on the device, nothing streamed."""
     model = random_model(form, device)
@@ -80,8 +87,7 @@ def run(model: Any, seed: int = 1) -> torch.Tensor:
     latents, text = torch.randn(1, 32, 64, generator=generator), torch.randn(1, 9, 64, generator=generator)
     shapes = [[(1, 4, 4), (1, 4, 4)]]
     given = latents.to(device, dtype), text.to(device, dtype)
-    with torch.inference_mode():
-        return model(*given, None, torch.tensor([0.5]), shapes, return_dict=False)[0].clone()
+    return model(*given, None, torch.tensor([0.5]), shapes, return_dict=False)[0].clone()
 
 
 def locked(address: int, nbytes: int):
@@ -162,7 +168,7 @@ def test_the_result_is_that_of_resident_blocks(device, form, streamed):
 @pytest.mark.parametrize("device", DEVICES)
 def test_queries_keys_and_values_are_one_product_in_a_buffer(device, form):
     stream = stream_of(model_of(form, device), (1, 2), device)
-    with torch.inference_mode(), stream:
+    with stream:
         stream.before(1)
         attn: Any = stream.blocks[1].attn
         for linears in ((attn.to_q, attn.to_k, attn.to_v), (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)):
@@ -356,7 +362,7 @@ def test_copies_are_ordered_with_what_computes():
         expected = expected * (1 + number / 8)
     for _ in range(20):
         y = x
-        with torch.inference_mode(), stream:
+        with stream:
             for index, block in enumerate(blocks):
                 stream.before(index)
                 y = block(y)
