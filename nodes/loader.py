@@ -31,8 +31,8 @@ class QwenEditLoader(io.ComfyNode):
                     options=folders.text_encoders(),
                     default=folders.FROM_MODEL,
                     tooltip="qwen_2.5_vl_7b for a transformer alone. A diffusers folder, and a file that holds everything, bring"
-                    " their own. none: the CLIP of another loader is connected instead (ComfyUI-GGUF's, for an encoder in a"
-                    " GGUF file).",
+                    " their own. An encoder in a GGUF file needs its mmproj file beside it. none: the CLIP of another loader is"
+                    " connected instead.",
                 ),
                 io.Combo.Input(
                     "vae",

@@ -370,10 +370,10 @@ def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
     for name, (path, key) in source.tensors.items():
         weight, shape = source.stored.get(name), expected[name]
         wanted = shape if weight is None else weight.stored_shape(shape)
-        _check_shape(source.label, name, headers[path][key]["shape"], wanted)
+        check_shape(source.label, name, headers[path][key]["shape"], wanted)
 
 
-def _check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+def check_shape(label: str, name: str, found: Sequence[int], wanted: Sequence[int]) -> None:
     if list(found) != list(wanted):
         raise ValueError(
             f"{WEIGHTS} {label}: {name} is {list(found)}, the model needs {list(wanted)}. The configuration and the"

@@ -8,7 +8,7 @@ a weight whose rows are no whole number of blocks is stored reshaped, with its o
 
 import math
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,11 +19,7 @@ SUFFIX = ".gguf"
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ARCHITECTURES = ("qwen_image", "pig", None)  # pig: calcuis' converter, for any model; None: stable-diffusion.cpp's
-TEXT_ENCODERS = ("qwen2vl", "clip")  # the language model, and its vision part (mmproj)
-TEXT_ENCODER_HINT = (
-    ". A text encoder in GGUF is read by another pack: load it with ComfyUI-GGUF's CLIPLoader (GGUF), type qwen_image, with the encoder's"
-    " mmproj file beside it; choose text_encoder 'none' here and connect that CLIP to Qwen Edit Encode"
-)
+LANGUAGE, VISION = "qwen2vl", "clip"  # Qwen2.5-VL's two files, see gguf_encoder.py
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."
 # A language model's header, with its vocabulary, has about 10 MB; a 60-block transformer's 0.2 MB.
 MAX_HEADER_BYTES = 100_000_000
@@ -84,12 +80,17 @@ class _Reader:
             data = self.take(length * struct.calcsize("<" + _SCALARS[item]))
             return struct.unpack(f"<{length}{_SCALARS[item]}", data) if length <= MAX_DIMENSIONS else None
         for _ in range(length):
-            self.value(item, nesting + 1)
+            if item == _STRING:  # a vocabulary
+                self.take(self.count("bytes of text", MAX_HEADER_BYTES))
+            else:
+                self.value(item, nesting + 1)
         return None
 
 
-def read_gguf_header(path: Path) -> tuple[dict[str, dict], dict[str, Any]]:
-    """Tensors and metadata of a GGUF file, without reading weights.
+def read_gguf_header(
+    path: Path, architectures: Sequence[str | None] = ARCHITECTURES
+) -> tuple[dict[str, dict], dict[str, Any]]:
+    """Tensors and metadata of a GGUF file of one of these architectures, without reading weights.
 
     Returns:
         Tensor name -> {"dtype", "shape", "data_offsets"}: dtype is a name of ``BLOCK_TYPES``, F32, F16 or BF16; the shape
@@ -102,12 +103,14 @@ def read_gguf_header(path: Path) -> tuple[dict[str, dict], dict[str, Any]]:
     size = path.stat().st_size
     with path.open("rb") as file:
         try:
-            return _read(_Reader(file, size), size, file.tell)
+            return _read(_Reader(file, size), size, file.tell, architectures)
         except _Unusable as e:
             raise ValueError(f"{WEIGHTS} {path.name} ({size:,} bytes) can't be used: {e}.") from e
 
 
-def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict[str, dict], dict[str, Any]]:
+def _read(
+    reader: _Reader, size: int, position: Callable[[], int], architectures: Sequence[str | None]
+) -> tuple[dict[str, dict], dict[str, Any]]:
     magic = reader.take(4)
     if magic != MAGIC:
         raise _Unusable(f"it does not begin as a GGUF file does ({magic!r}). Download it again")
@@ -120,11 +123,8 @@ def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict
         key = reader.string()
         metadata[key] = reader.value(reader.number("I"))
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
-        hint = TEXT_ENCODER_HINT if architecture in TEXT_ENCODERS else ""
-        raise _Unusable(
-            f"found the architecture {architecture!r}, this loader needs the transformer of Qwen-Image-Edit{hint}"
-        )
+    if architecture not in architectures:
+        raise _Unusable(_unfit(architecture, architectures))
     described = [_tensor(reader, metadata) for _ in range(tensor_count)]
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment not in (2**n for n in range(3, 17)):
@@ -140,6 +140,18 @@ def _read(reader: _Reader, size: int, position: Callable[[], int]) -> tuple[dict
             raise _Unusable(f"it ends inside the tensor {name}, so the download was cut off. Download it again")
         header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
     return header, metadata
+
+
+def _unfit(architecture: Any, architectures: Sequence[str | None]) -> str:
+    needed = {
+        ARCHITECTURES: "the transformer of Qwen-Image-Edit",
+        (LANGUAGE,): "the text encoder of Qwen-Image, Qwen2.5-VL 7B",
+        (VISION,): "the vision part of Qwen2.5-VL 7B",
+    }[tuple(architectures)]
+    hint = ""
+    if architecture in (LANGUAGE, VISION) and architectures is ARCHITECTURES:
+        hint = ". This is a text encoder: put it into models/text_encoders and choose it as text_encoder"
+    return f"found the architecture {architecture!r}, this needs {needed}{hint}"
 
 
 def _tensor(reader: _Reader, metadata: dict[str, Any]) -> tuple[str, str, list[int], int, int]:

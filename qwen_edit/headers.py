@@ -2,21 +2,25 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from .errors import WEIGHTS
-from .gguf import SUFFIX, read_gguf_header
+from .gguf import ARCHITECTURES, SUFFIX, read_gguf_header
 
 # safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
 MAX_HEADER_BYTES = 100_000_000
 
 
-def read_header(path: Path) -> dict[str, dict]:
+def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES) -> dict[str, dict]:
     """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
 
     Files whose names end in .gguf are read as such, see ``gguf.py``.
+
+    Args:
+        architectures: what a GGUF file may be.
 
     Raises:
         ValueError: not a safetensors (or GGUF) file, with the likely cause, or a damaged one.
@@ -30,7 +34,7 @@ def read_header(path: Path) -> dict[str, dict]:
         kind = "GGUF" if is_gguf else "safetensors"
         raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a {kind} file: {cause}")
     if is_gguf:
-        return read_gguf_header(path)[0]
+        return read_gguf_header(path, architectures)[0]
     try:
         # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
         with safe_open(path, framework="pt"):
@@ -77,7 +81,9 @@ def _no_weights(start: bytes) -> str | None:
 
 def _not_safetensors(start: bytes, size: int) -> str | None:
     if start.startswith(b"GGUF"):
-        return "it is a GGUF file. This pack takes those as transformers, under names that end in .gguf."
+        return (
+            "it is a GGUF file. This pack takes those as transformers and text encoders, under names that end in .gguf."
+        )
     if size < 10:
         return "it is empty or cut off. Download it again."
     (length,) = struct.unpack("<Q", start[:8])

@@ -265,7 +265,7 @@ def good(tmp_path_factory, state) -> bytes:
 @pytest.mark.parametrize("architecture", ["llama", "flux", "qwen2vl"])
 def test_another_architecture(tmp_path, state, architecture):
     gguf_files.write(tmp_path / "other.gguf", state, weights_as("Q8_0"), architecture=architecture)
-    hint = ["CLIPLoader (GGUF)", "mmproj"] if architecture == "qwen2vl" else []
+    hint = ["put it into models/text_encoders"] if architecture == "qwen2vl" else []
     refused(tmp_path / "other.gguf", repr(architecture), "needs the transformer of Qwen-Image-Edit", *hint)
 
 

@@ -94,27 +94,32 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
     Raises:
         ValueError: weights are missing or damaged.
     """
-    load_device = comfy.model_management.text_encoder_device()
     if dtype is None:
-        on_cpu = comfy.model_management.is_device_cpu(load_device)
+        on_cpu = comfy.model_management.is_device_cpu(comfy.model_management.text_encoder_device())
         dtype = torch.float32 if on_cpu else torch.bfloat16
     read_config(folder / "text_encoder")
     files = weight_files(folder / "text_encoder")
     weights = sum(_elements(path) for path in files)
 
-    clip = comfy.sd.CLIP(no_init=True)
-    clip.cond_stage_model = FolderTextModel(folder, dtype)
     try:
-        clip.tokenizer = FolderTokenizer(FolderTextEncoder(folder))
+        tokenizer = FolderTokenizer(FolderTextEncoder(folder))
     except (OSError, ValueError) as e:  # transformers' own message speaks of its hub
         raise ValueError(
             f"{WEIGHTS} {folder.name}: tokenizer or processor can't be read. Download the folder again."
         ) from e
+    return shell_clip(FolderTextModel(folder, dtype), tokenizer, weights * dtype.itemsize, keep_on_card)
+
+
+def shell_clip(model: torch.nn.Module, tokenizer: Any, size: int, keep_on_card: bool) -> comfy.sd.CLIP:
+    """The CLIP of a shell (see ``memory.py``) of ``size`` bytes."""
+    device = comfy.model_management.text_encoder_device()
+    clip = comfy.sd.CLIP(no_init=True)
+    clip.cond_stage_model, clip.tokenizer = model, tokenizer
     clip.patcher = ShellPatcher(
-        clip.cond_stage_model,
-        load_device=load_device,
-        offload_device=load_device if keep_on_card else comfy.model_management.text_encoder_offload_device(),
-        size=weights * dtype.itemsize,
+        model,
+        load_device=device,
+        offload_device=device if keep_on_card else comfy.model_management.text_encoder_offload_device(),
+        size=size,
     )
     clip.patcher.is_clip = True
     clip.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram

@@ -13,7 +13,7 @@ from ...qwen_edit.attention_auto import TUNED_FILE
 from ...qwen_edit.checkpoints import is_edit_folder
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf import SUFFIX as GGUF
-from ...qwen_edit.gguf import TEXT_ENCODER_HINT
+from ...qwen_edit.gguf_encoder import is_vision_name
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO = PACK / "demo_model"
@@ -23,13 +23,14 @@ NONE = "none"
 FOLDER_PREFIX = "folder: "
 CHECKPOINT_PREFIX = "checkpoint: "
 DEMO_LORA_PREFIX = "demo: "
-GGUF_KEYS = ("diffusion_models", "unet_gguf")
+GGUF_MODELS = ("diffusion_models", "unet_gguf")  # the second key of each is ComfyUI-GGUF's
+GGUF_TEXT_ENCODERS = ("text_encoders", "clip_gguf")
 
 
 def models() -> list[str]:
     """Diffusers folders first, then single files (safetensors, GGUF) with those that look like Qwen-Image-Edit first, those of
     models/checkpoints (transformer, text encoder and VAE in one) in the same order, the demo last."""
-    files = _edits_first([*_safetensors("diffusion_models"), *_gguf_files()])
+    files = _edits_first([*_safetensors("diffusion_models"), *_gguf_files(GGUF_MODELS)])
     checkpoints = [CHECKPOINT_PREFIX + name for name in _edits_first(_safetensors("checkpoints"))]
     demo = [DEMO_NAME] if is_edit_folder(DEMO) else []
     return [FOLDER_PREFIX + name for name in _edit_folders()] + files + checkpoints + demo
@@ -56,7 +57,10 @@ def _looks_like_edit(name: str) -> bool:
 
 
 def text_encoders() -> list[str]:
-    return [FROM_MODEL, *folder_paths.get_filename_list("text_encoders"), NONE]
+    """What is in a GGUF file as well, but for the second file that such a text encoder sees pictures with."""
+    in_gguf = [name for name in _gguf_files(GGUF_TEXT_ENCODERS) if not is_vision_name(name)]
+    own = folder_paths.get_filename_list("text_encoders")
+    return [FROM_MODEL, *own, *(name for name in in_gguf if name not in own), NONE]
 
 
 def vaes() -> list[str]:
@@ -82,14 +86,14 @@ def model_path(name: str) -> Path:
     if name.startswith(CHECKPOINT_PREFIX):
         return _file("checkpoints", name.removeprefix(CHECKPOINT_PREFIX))
     if name.lower().endswith(GGUF):
-        return _gguf_files()[name]
+        return _gguf_files(GGUF_MODELS)[name]
     return _file("diffusion_models", name)
 
 
 def text_encoder_path(name: str) -> Path:
-    if name.lower().endswith(GGUF):
-        raise ValueError(f"{INPUT} The text encoder {name!r} can't be loaded here{TEXT_ENCODER_HINT}.")
     _check("text encoder", name, text_encoders()[1:-1])
+    if name.lower().endswith(GGUF):
+        return _gguf_files(GGUF_TEXT_ENCODERS)[name]
     return _file("text_encoders", name)
 
 
@@ -144,10 +148,10 @@ def _edit_folders() -> dict[str, Path]:
     return found
 
 
-def _gguf_files() -> dict[str, Path]:
-    """Name -> path of every GGUF file in ComfyUI's folders of diffusion models, and in those that ComfyUI-GGUF's key
-    names. ComfyUI's own lists leave them out, and what they hold is for all loaders, so it is not changed here."""
-    keys = [key for key in GGUF_KEYS if key in folder_paths.folder_names_and_paths]
+def _gguf_files(keys: Iterable[str]) -> dict[str, Path]:
+    """Name -> path of every GGUF file in the folders of these keys, as far as ComfyUI has the keys. ComfyUI's own lists
+    leave such files out, and what they hold is for all loaders, so it is not changed here."""
+    keys = [key for key in keys if key in folder_paths.folder_names_and_paths]
     found = {}
     for root in dict.fromkeys(root for key in keys for root in folder_paths.get_folder_paths(key)):
         names, _ = folder_paths.recursive_search(root, [".git"])

@@ -22,6 +22,7 @@ from ...qwen_edit.checkpoints import (
 )
 from ...qwen_edit.doctor import Finding, examine_model, examine_vae
 from ...qwen_edit.errors import INPUT, WEIGHTS
+from ...qwen_edit.gguf import SUFFIX as GGUF
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.packed import PACKED
 from ...qwen_edit.precision import (
@@ -38,6 +39,7 @@ from . import folders
 from .clip import OFFLOAD_AFTER_USE, load_clip
 from .doctor import keep_facts
 from .facts import model_facts
+from .gguf_clip import GgufTextModel, load_gguf_clip
 from .memory import Owner, ShellPatcher
 from .model import make_model
 from .prompts import ask_for_bfloat16
@@ -151,6 +153,8 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     own = source.label if _replaces_own_statistics(source, vae_path) else None
     findings = examine_model(facts) + examine_vae(vae_facts(vae, vae_path.name, own))
     notes = _notes(source, precision, attention, kernels, model)
+    if clip is not None and isinstance(clip.cond_stage_model, GgufTextModel):
+        notes.append(f"The text encoder sees pictures with {clip.cond_stage_model.source.vision.name}.")
     if clip is not None and encoder is not None and not encoder.is_dir() and ask_for_bfloat16(clip):
         notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
     notes += _streaming_notes(request, model, device)
@@ -214,6 +218,8 @@ def _clip(request: LoadRequest, path: Path) -> comfy.sd.CLIP:
 
 
 def _single_clip(request: LoadRequest, path: Path) -> comfy.sd.CLIP:
+    if path.suffix.lower() == GGUF:
+        return load_gguf_clip(path, keep_on_card=request.offload == "none")
     # by this tensor ComfyUI tells the encoder too; what it does not know it would load as another model's
     _header_of(path, "model.layers.0.self_attn.k_proj.bias", [512], "the text encoder of Qwen-Image, Qwen2.5-VL 7B")
     embeddings = folder_paths.get_folder_paths("embeddings")

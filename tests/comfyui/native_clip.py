@@ -1,30 +1,40 @@
 """Code for ``run_in_comfyui``: ComfyUI's text encoder of Qwen-Image with its sizes reduced, random weights."""
 
 SMALL_NATIVE_CLIP = """
+import contextlib
 import comfy.hooks
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
 from comfy.text_encoders import llama, qwen_image, qwen_vl
 
 
-def small_native_clip(fp8=False):
-    torch.manual_seed(0)
+@contextlib.contextmanager
+def small_sizes(hidden=64):
     config, vision = llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer
     llama.Qwen25_7BVLI_Config = lambda **_: config(
-        hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
     )
     qwen_vl.Qwen2VLVisionTransformer = lambda hidden_size, **given: vision(
         hidden_size=64, num_heads=4, intermediate_size=64, num_layers=8, **given
     )
+    try:
+        yield
+    finally:
+        llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = config, vision
+
+
+def small_native_clip(fp8=False, hidden=64):
+    torch.manual_seed(0)
     clip = comfy.sd.CLIP(no_init=True)
     options = {"quantization_metadata": {"mixed_ops": True}} if fp8 else {}
-    clip.cond_stage_model = qwen_image.QwenImageTEModel(
-        device="cpu", dtype=torch.bfloat16 if fp8 else torch.float32, model_options=options
-    )
+    with small_sizes(hidden):
+        clip.cond_stage_model = qwen_image.QwenImageTEModel(
+            device="cpu", dtype=torch.bfloat16 if fp8 else torch.float32, model_options=options
+        )
+        # for the names and shapes of all weights; quantized layers are made with the file
+        with torch.device("meta"):
+            shapes = qwen_image.QwenImageTEModel(device="meta", dtype=torch.float32).qwen25_7b.transformer.state_dict()
     transformer = clip.cond_stage_model.qwen25_7b.transformer
-    with torch.device("meta"):  # for the names and shapes of all weights; quantized layers are made with the file
-        shapes = qwen_image.QwenImageTEModel(device="meta", dtype=torch.float32).qwen25_7b.transformer.state_dict()
-    llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = config, vision
     state = {}
     for name, tensor in shapes.items():
         state[name] = torch.randn(tensor.shape) * 0.1 + ("norm" in name or "ln_q" in name)

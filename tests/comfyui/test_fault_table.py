@@ -6,6 +6,7 @@ With ``test_faults.py`` the whole table that benchmarks/faults.py prints. After 
 import os
 import shutil
 
+import gguf_files
 import numpy as np
 import pytest
 import torch
@@ -246,12 +247,22 @@ def test_a_folder_whose_index_leads_outside_is_refused(client, graph, good, mode
 # Text encoders in GGUF
 
 
-@pytest.mark.parametrize("name", ["Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf", "../encoder.GGUF"])
-def test_a_text_encoder_in_gguf_is_refused_with_what_to_use(client, graph, good, name):
+@pytest.mark.parametrize(
+    ("name", "architecture", "parts"),
+    [
+        ("alone-Q8_0.gguf", "qwen2vl", ["[QE_WEIGHTS] alone-Q8_0.gguf reads text only", "mmproj"]),
+        ("llama-Q8_0.gguf", "llama", ["[QE_WEIGHTS] llama-Q8_0.gguf", "found the architecture 'llama'"]),
+        ("../encoder.GGUF", None, ["[QE_INPUT]", "is not in ComfyUI's folders"]),
+    ],
+)
+def test_a_text_encoder_in_gguf_that_can_not_be_used(client, graph, good, models, name, architecture, parts):
+    if architecture is not None:
+        words = {"token_embd.weight": torch.zeros(8, 64)}
+        gguf_files.write(models / "text_encoders" / name, words, lambda *_: "Q8_0", architecture=architecture)
     linked = changed(graph, "loader", text_encoder=["text", 0]) | {"text": node("ProbeText", text=name)}
     said = failure(client, linked)
-    assert said.startswith("[QE_INPUT]")
-    assert "CLIPLoader (GGUF)" in said
+    assert said.startswith(parts[0])
+    assert parts[1] in said
 
 
 def test_the_picture_itself(client, good):
