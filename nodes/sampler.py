@@ -56,7 +56,7 @@ def recipe_overrides() -> list[io.Input]:
 def summary(recipe: Recipe) -> str:
     guidance = "guidance off" if recipe.true_cfg_scale == 1 else f"true CFG {recipe.true_cfg_scale:g}"
     shift = f"shift {recipe.shift.shift:g}" if isinstance(recipe.shift, StaticShift) else "dynamic shift"
-    return f"{recipe.steps} steps, {guidance}, {shift}"
+    return f"{recipe.steps} step{'s' if recipe.steps > 1 else ''}, {guidance}, {shift}"
 
 
 class QwenEditSampler(io.ComfyNode):

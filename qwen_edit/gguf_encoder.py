@@ -162,7 +162,8 @@ def _parts(path: Path, architecture: str) -> Parts:
         kind = BLOCK_TYPES.get(entry["dtype"])
         shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
         dtype = FLOAT_DTYPES[entry["dtype"]] if kind is None else torch.uint8
-        stored = Stored(key, path, entry["data_offsets"][0], shape, dtype)
+        alone = belongs[0] == EMBEDDING  # or all buffers would have its size, many times that of the others
+        stored = Stored(key, path, entry["data_offsets"][0], shape, dtype, keep=alone)
         found[belongs[0]][belongs[1]] = Part(stored, tuple(entry["shape"]), kind)
     return {name: tuple(part for _, part in sorted(parts.items())) for name, parts in found.items()}
 

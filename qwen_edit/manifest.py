@@ -189,6 +189,8 @@ def _item(line: int, row: Mapping[str, Any] | str, defaults: Defaults) -> Item |
         values: dict[str, Any] = {key: _text(row, key) for key in TEXTS if _given(row, key)}
         values |= {key: _number(row, key) for key in NUMBERS if _given(row, key)}
         known = replace(defaults, **values)
+        if not known.prompt.strip():
+            raise _Bad("column prompt: it is empty, and there is no prompt for all items. Write what to change.")
         for key in TEXTS:
             _check_length(key, getattr(known, key))
         own = _text(row, "name") if _given(row, "name") else PurePosixPath(pictures[0].replace("\\", "/")).stem

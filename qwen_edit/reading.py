@@ -27,7 +27,8 @@ AHEAD = 4 * WORKERS  # tensors that are being read or wait for their use; most a
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor in a file: its name there, and where its bytes are. ``keep``: it stays in RAM, in memory of its own."""
+    """A tensor in a file: its name there, and where its bytes are. ``keep``: it is read into memory of its own, where it may
+    stay."""
 
     name: str
     path: Path

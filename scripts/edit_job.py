@@ -37,6 +37,7 @@ class Edit:
     preset: str | None = None
     seed: int | None = None
     model: str | None = None
+    megapixels: float | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,16 @@ def load_workflow(pictures: int, named: Path | None = None) -> dict[str, Any]:
     return workflow
 
 
+def megapixels_for(model: str | None, named: Path | None, asked: float | None) -> float | None:
+    """Megapixels (2²⁰ px) to set in a workflow; None leaves what it says.
+
+    The shipped ones, taken when none is ``named``, have the demo model's size, a fourteenth of what real weights like.
+    """
+    if asked is None and named is None and model is not None and not model.startswith("demo"):
+        return 1.0
+    return asked
+
+
 def nodes_of(workflow: dict[str, Any], class_type: str) -> list[str]:
     """Ids of the nodes of a class, in order."""
     return sorted((n for n, node in workflow.items() if node["class_type"] == class_type), key=node_order)
@@ -81,10 +92,11 @@ def fill_workflow(workflow: dict[str, Any], names: list[str], edit: Edit) -> dic
     _set(filled, "QwenEditSampler", "preset", edit.preset)
     _set(filled, "QwenEditSampler", "seed", edit.seed)
     _set(filled, "QwenEditLoader", "model", edit.model)
+    _set(filled, "QwenEditSmartResize", "megapixels", edit.megapixels)
     return filled
 
 
-def _set(workflow: dict[str, Any], class_type: str, name: str, value: str | int | None) -> None:
+def _set(workflow: dict[str, Any], class_type: str, name: str, value: str | float | None) -> None:
     if value is None:
         return
     nodes = nodes_of(workflow, class_type)

@@ -1,10 +1,11 @@
 """Says how to start ComfyUI for this pack on this machine, with a reason for each flag, or starts it:
 
-    python scripts/launch_comfyui.py --comfyui PATH                     print flags and environment
-    python scripts/launch_comfyui.py --comfyui PATH --run -- --port 80  start; what follows -- goes to ComfyUI
+    python scripts/launch_comfyui.py                                    print flags and environment
+    python scripts/launch_comfyui.py --run -- --port 80                 start; what follows -- goes to ComfyUI
     python scripts/launch_comfyui.py --card "RTX 4070" --memory 12      plan for another machine
 
-The flags are checked by the parser of the ComfyUI that they are for: one that it does not have is left out and named.
+A pack that does not lie in ComfyUI's custom_nodes needs --comfyui PATH. The flags are checked by the parser of the ComfyUI
+that they are for: one that it does not have is left out and named.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from comfy_host import Host, HostError, add_host_arguments, cache_folder, find_comfyui, run_as_script, say
+from comfy_host import REPO, Host, HostError, cache_folder, find_comfyui, run_as_script, say
 
 # GiB. The transformer in fp8, the text encoder in bf16 and the VAE together take about 30, and activations 3.
 ROOM_FOR_ALL = 44
@@ -200,6 +201,11 @@ def show(card: Card, chosen: Plan, kept: list[Choice], lacking: list[Choice], co
     say(" ".join(choice.words[0] for choice in chosen.environment) + " " + shlex.join(command))
 
 
+def around(pack: Path) -> str | None:
+    """The ComfyUI in whose custom_nodes the pack's folder lies."""
+    return str(pack.parents[1]) if pack.parent.name == "custom_nodes" else None
+
+
 def main() -> int:
     """Plan, check, print; with --run, become ComfyUI."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -211,11 +217,15 @@ def main() -> int:
     parser.add_argument("--headless", action="store_true", help="for a server without a screen")
     parser.add_argument("--run", action="store_true", help="start ComfyUI")
     parser.add_argument("extra", nargs="*", metavar="-- ARGUMENTS", help="more arguments for ComfyUI")
-    add_host_arguments(parser)
+    parser.add_argument(
+        "--comfyui", metavar="PATH",
+        help="its folder (also: the environment variable COMFYUI_PATH; default: the one that has this pack)",
+    )  # fmt: skip
+    parser.add_argument("--python", metavar="PATH", help="ComfyUI's (default: the one that runs this script)")
     options = parser.parse_args()
     if (options.card is None) != (options.memory is None):
         parser.error("--card and --memory belong together")
-    comfyui = find_comfyui(options.comfyui, cache_folder())
+    comfyui = find_comfyui(options.comfyui or os.environ.get("COMFYUI_PATH") or around(REPO), cache_folder())
     if comfyui is None:
         raise HostError("Which ComfyUI? Give its folder with --comfyui, or set COMFYUI_PATH.")
     python = options.python or sys.executable

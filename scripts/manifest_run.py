@@ -32,7 +32,7 @@ from comfy_client import (
     ServerUnreachable,
 )
 from comfy_host import REPO
-from edit_job import JobError, nodes_of
+from edit_job import WORKFLOWS, JobError, nodes_of
 from run_summary import Summary, duration
 
 sys.path.insert(0, str(REPO))
@@ -77,13 +77,19 @@ class Queued:
     tasks: list[Task]
 
 
-def load_batch_workflow(path: Path, values: dict[str, Any], model: str | None) -> dict[str, Any]:
-    """A workflow in API format around one QwenEditBatch, with values for its inputs; None leaves what it says."""
+def load_batch_workflow(named: Path | None, values: dict[str, Any], model: str | None) -> dict[str, Any]:
+    """A workflow in API format around one QwenEditBatch, with values for its inputs; None leaves what it says.
+
+    Without a name it is the shipped one, whose prompt is an example and is not taken.
+    """
+    path = named or WORKFLOWS / "batch_of_edits.json"
     try:
         workflow = json.loads(path.read_text(encoding="utf-8"))
         (node,) = nodes_of(workflow, BATCH)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise JobError(f"{path} is no workflow in API format with one {BATCH} node: {error}") from error
+    if named is None:
+        workflow[node]["inputs"]["prompt"] = ""
     workflow[node]["inputs"] |= {name: value for name, value in values.items() if value is not None}
     if model is not None:
         for loader in nodes_of(workflow, "QwenEditLoader"):

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from comfy_client import ComfyClient, ComfyError, ServerUnreachable
 from comfy_host import run_as_script, say
-from edit_job import WORKFLOWS, Edit, JobError, load_workflow, run_edit
+from edit_job import Edit, JobError, load_workflow, megapixels_for, run_edit
 from manifest_run import ManifestRun, load_batch_workflow
 from run_summary import BatchBar
 
@@ -103,7 +103,7 @@ def plan(options: argparse.Namespace) -> list[Edit]:
     batch = pair(pictures, prompts)
     outputs = plan_outputs(batch.pictures, options.output, is_batch)
     return [
-        Edit(group, prompt, output, options.preset, options.seed, options.model)
+        Edit(group, prompt, output, options.preset, options.seed, options.model, options.megapixels)
         for group, prompt, output in zip(batch.pictures, batch.prompts, outputs, strict=True)
     ]
 
@@ -123,7 +123,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one instruction a line")
     parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
-    parser.add_argument("--model", metavar="NAME", help="the loader's model (default: the workflow's)")
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="as Qwen Edit Loader lists it: a folder or checkpoint (default: the workflow's, which is the demo model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--megapixels", type=float, metavar="N",
+        help="of the picture that the model makes (default: 1 with --model, else the workflow's)",
+    )  # fmt: skip
     parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
     parser.add_argument("--output", type=Path, metavar="PATH", help="a .png file; for a batch, a folder")
     parser.add_argument(
@@ -135,13 +142,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("one of the arguments --prompt --prompts is required with --image")
     if options.manifest is not None and options.prompts is not None:
         parser.error("--prompts is for --image; write the prompts into the manifest")
+    options.megapixels = megapixels_for(options.model, options.workflow, options.megapixels)
     return options
 
 
 def run_manifest(options: argparse.Namespace) -> int:
     """A manifest from start to end; the exit status."""
-    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed")}
-    workflow = load_batch_workflow(options.workflow or WORKFLOWS / "batch_of_edits.json", values, options.model)
+    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed", "megapixels")}
+    workflow = load_batch_workflow(options.workflow, values, options.model)
     run = ManifestRun(workflow, options.manifest, options.output or Path("edited"), options.patience)
     try:
         run.run(options.server, BatchBar().show)
@@ -155,6 +163,8 @@ def run_manifest(options: argparse.Namespace) -> int:
 def main() -> int:
     """Run the edits one after the other; a failed one does not stop the rest."""
     options = parse()
+    if options.model is None and options.workflow is None:
+        say("With the demo model, which knows a few simple edits; --model takes yours.")
     if options.manifest is not None:
         return run_manifest(options)
     edits = plan(options)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from comfy_host import REPO, Host, HostError, cache_folder, find_comfyui
-from launch_comfyui import Card, Choice, checked, plan
+from launch_comfyui import Card, Choice, around, checked, plan
 
 CARDS = [Card("none", 0), Card("RTX 3060", 12), Card("RTX 4090", 24), Card("H100", 80)]
 ROOT = "/opt/ComfyUI"
@@ -33,6 +33,11 @@ def test_comfyui_has_every_flag_that_is_planned(comfyui: Host, card: Card):
     kept, lacking = checked(comfyui, flags, ["--port", "8190"])
     assert kept == list(flags)
     assert not lacking
+
+
+def test_an_installed_pack_knows_its_comfyui():
+    assert around(Path("/x/ComfyUI/custom_nodes/pack")) == str(Path("/x/ComfyUI"))
+    assert around(Path("/x/pack")) is None
 
 
 def test_what_this_comfyui_lacks_is_left_out_and_named(comfyui: Host):

@@ -62,6 +62,13 @@ def test_a_bad_row_is_named_and_harms_no_other(tmp_path, line, said):
     assert (good.pictures, good.line) == (("b.png",), 3)
 
 
+def test_an_item_without_any_prompt_is_refused(tmp_path):
+    (tmp_path / "m.csv").write_text("picture,prompt\na.png, \nb.png,mirror it\n")
+    bad, good = read_manifest(tmp_path / "m.csv", Defaults())
+    assert bad.reason.startswith("[QE_INPUT] line 2, column prompt: it is empty")
+    assert good.prompt == "mirror it"
+
+
 def test_a_quote_that_is_never_closed_is_an_error_and_no_prompt(tmp_path):
     good, bad = read(tmp_path, 'picture,prompt\na.png,x\nb.png,"open\nc.png,y\n')
     assert good.pictures == ("a.png",)

@@ -15,6 +15,7 @@ import pytest
 import queue_edit
 from comfy_client import Event, ImageRef, Result, node_order
 from edit_job import Edit, JobError
+from manifest_run import load_batch_workflow
 
 WORKFLOW = {
     "10": {"class_type": "LoadImage", "inputs": {"image": "b"}},
@@ -113,6 +114,30 @@ def test_a_workflow_is_filled_by_class_and_in_the_order_of_its_nodes():
 def test_what_is_not_asked_for_stays():
     filled = edit_job.fill_workflow(WORKFLOW, ["a", "b"], Edit((), "new", Path("o.png")))
     assert filled["3"]["inputs"] == {"preset": "standard", "seed": 1}
+
+
+def test_a_model_of_ones_own_is_not_given_the_demo_models_size(pictures):
+    def megapixels(*arguments: str) -> object:
+        (edit,) = plan("--image", pictures / "b.png", "--prompt", "x", *arguments)
+        filled = edit_job.fill_workflow(edit_job.load_workflow(1), ["b.png"], edit)
+        return filled["3"]["inputs"]["megapixels"]
+
+    assert megapixels() == megapixels("--model", "demo (small model of this pack)") == 0.07
+    assert megapixels("--model", "folder: Qwen-Image-Edit-2511") == 1.0
+    assert megapixels("--model", "folder: Qwen-Image-Edit-2511", "--megapixels", "0.5") == 0.5
+    (edit,) = plan("--image", pictures / "b.png", "--prompt", "x", "--model", "m", "--workflow", "own.json")
+    assert edit.megapixels is None  # a workflow of one's own says it
+
+
+def test_the_example_in_the_shipped_batch_is_no_prompt_for_pictures_without_one():
+    def node(named, **values) -> dict:
+        workflow = load_batch_workflow(named, values, "folder: mine")
+        assert workflow["1"]["inputs"]["model"] == "folder: mine"
+        return workflow["2"]["inputs"]
+
+    assert node(None, prompt=None)["prompt"] == ""
+    assert node(None, prompt="mirror it", megapixels=1.0)["prompt"] == "mirror it"
+    assert node(edit_job.WORKFLOWS / "batch_of_edits.json", prompt=None)["prompt"] == "make the picture black and white"
 
 
 def test_a_workflow_that_does_not_fit_is_refused():

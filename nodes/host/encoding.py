@@ -145,6 +145,9 @@ class Encoder:
         if len(sizes) > TESTED_PICTURES:
             notes.append(f"Warning: {len(sizes)} pictures; the model was trained with up to {TESTED_PICTURES}.")
 
+        if not edit.prompt.strip():
+            notes.append("Warning: the prompt is empty; write what to change in the picture.")
+
         references = []
         with ThreadPoolExecutor(1) as beside:
             # resized for the text encoder while this thread waits for the VAE

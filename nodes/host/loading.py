@@ -91,10 +91,11 @@ def load(request: LoadRequest) -> Loaded:
         if value not in offered:
             raise ValueError(f"{INPUT} {what} is {value!r}; it must be one of {', '.join(offered)}.")
     path = folders.model_path(request.model)
-    encoder, vae = _companions(request, path)
+    # Before what goes with it: nobody should look for a text encoder to a file that is no transformer of this model.
     source = (
         transformer_from_folder(path) if path.is_dir() else transformer_from_file(path, VERSIONS[request.model_version])
     )
+    encoder, vae = _companions(request, path)
     key = (
         request,
         source.fingerprint,

@@ -442,6 +442,11 @@ def test_more_than_three_pictures_warn(client, good):
     assert "Warning: 4 pictures" in note(result, "encode")
 
 
+def test_an_empty_prompt_warns(client):
+    result = run_fresh(client, small_edit(client, picture(0), prompt=" "))
+    assert "Warning: the prompt is empty" in note(result, "encode")
+
+
 @pytest.mark.parametrize("kind", ["nan", "inf", "-inf"])
 def test_a_latent_with_bad_numbers_is_refused(client, graph, good, kind):
     said = failure(client, between(graph, ("encode", 2), "ProbeDamage", "latent", kind=kind))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from comfy_process import save_comfyui_vae
 from edits import changed, failure, picture, small_edit
 from graphs import loader, node
@@ -175,6 +176,9 @@ def test_a_single_transformer_needs_encoder_and_vae(client, models):
     said = failure(client, changed(graph, "loader", model="alone.safetensors"))
     assert said.startswith("[QE_INPUT] alone.safetensors holds the transformer only")
     assert "text encoder and a VAE" in said
+    save_file({"input_blocks.0.0.weight": torch.zeros(8, 4, 3, 3)}, models / "diffusion_models" / "other.safetensors")
+    said = failure(client, changed(graph, "loader", model="other.safetensors"))
+    assert said.startswith("[QE_WEIGHTS] other.safetensors: found")  # and not what would go with it
     vae = models / "vae" / "any.safetensors"
     save_file({"x": transformer_state()["img_in.bias"]}, vae)
     said = failure(client, changed(graph, "loader", model="alone.safetensors", vae=vae.name))
