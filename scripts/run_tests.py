@@ -72,7 +72,10 @@ def run_steps(host: Host, fast: bool, pytest_arguments: Sequence[str]) -> list[S
         run_step("ruff check", host, ["ruff", "check", "."]),
         run_step("ruff format", host, ["ruff", "format", "--check", "."]),
         run_step("pyright", host, ["pyright", "--pythonpath", host.python]),
-        run_step("pytest", host, ["pytest", "tests", "--durations=10", *tier, *pytest_arguments]),
+        # Much of the time a test waits for a server. A file stays together, as its tests share what they have prepared.
+        run_step(
+            "pytest", host, ["pytest", "tests", "-n2", "--dist=loadfile", "--durations=10", *tier, *pytest_arguments]
+        ),
     ]
 
 

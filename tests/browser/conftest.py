@@ -24,7 +24,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
         check_imports(Path(sys.executable), comfyui)
         host = Host(Path(sys.executable), comfyui)
         with (
-            ComfyServer(host, tmp_path_factory.mktemp("comfyui_browser"), cpu=True) as server,
+            ComfyServer(host, tmp_path_factory.mktemp("comfyui_browser"), cpu=True, with_parent=True) as server,
             Browser(server.url) as opened,
         ):
             opened.set("Comfy.Execution.PreviewMethod", "latent2rgb")

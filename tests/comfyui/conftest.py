@@ -56,7 +56,7 @@ def server(host: Host, models: Path, tmp_path_factory: pytest.TempPathFactory) -
     """The shared server: `.url`, `.input`, `.output`, `.user`, `.temp`, `.log_tail()`."""
     extra = ["--extra-model-paths-config", str(models / "paths.yaml")]
     extra += ["--whitelist-custom-nodes", PACK_NAME, "qwen_edit_probe"]
-    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), extra, cpu=True) as running:
+    with ComfyServer(host, tmp_path_factory.mktemp("comfyui"), extra, cpu=True, with_parent=True) as running:
         yield running
 
 
@@ -77,7 +77,7 @@ def start_server(host: Host, tmp_path: Path) -> Iterator[StartServer]:
     servers: list[ComfyServer] = []
 
     def start(*arguments: str) -> ComfyServer:
-        server = ComfyServer(host, tmp_path / f"server{len(servers)}", arguments, cpu=True)
+        server = ComfyServer(host, tmp_path / f"server{len(servers)}", arguments, cpu=True, with_parent=True)
         servers.append(server)
         server.start()
         return server
