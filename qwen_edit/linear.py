@@ -6,6 +6,7 @@ result as low-rank terms, so no weight is ever touched.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -66,6 +67,10 @@ class WeightReader(Protocol):
         """The weights read so far are not needed any more."""
         ...
 
+    def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> AbstractContextManager[None]:
+        """While these are about to be read, in this order, to be multiplied with rows of this dtype and device."""
+        ...
+
 
 def runs_itself(module: nn.Module) -> bool:
     """Whether somebody has replaced or hooked this one module's forward, which multiplying with its weight would skip."""
@@ -82,6 +87,9 @@ class Resident:
 
     def release(self) -> None:
         pass
+
+    def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
 
 
 RESIDENT = Resident()

@@ -8,8 +8,9 @@ import torch
 from test_linear import IN, OUT, TOKENS, error, exact, linear
 from torch import nn
 
-from qwen_edit.checkpoints import fill, transformer_from_folder
+from qwen_edit.checkpoints import transformer_from_folder
 from qwen_edit.extra_channels import ExtraChannels
+from qwen_edit.filling import fill
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import LowRank, pack
 from qwen_edit.lora import read_lora
