@@ -93,9 +93,13 @@ class GgufTextModel(QwenImageTEModel):
         return next(self._encoder.parameters()).is_meta
 
     def fill(self, device: torch.device) -> None:
-        for name, tensor in read_encoder(self.source, self._names, self._packed, device):
-            module, _, parameter = name.rpartition(".")
-            setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
+        try:
+            for name, tensor in read_encoder(self.source, self._names, self._packed, device):
+                module, _, parameter = name.rpartition(".")
+                setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
+        except BaseException:  # half of them are no encoder: the next load reads all
+            self.empty()
+            raise
 
     def empty(self) -> None:
         self._encoder.to("meta")

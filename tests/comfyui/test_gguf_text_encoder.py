@@ -136,7 +136,25 @@ def encoded():
     result["dropped"] = clip.cond_stage_model.is_empty
     PromptServer.instance.prompt_queue.currently_running = True
     result["again"] = bool(torch.equal(clip.encode_from_tokens(tokens), found[1]))
+
+    PromptServer.instance.prompt_queue.currently_running = False
+    comfy.model_management.unload_all_models()
+    PromptServer.instance.prompt_queue.currently_running = True
+    whole = WORDS.rename(FOLDER / "whole")
+    WORDS.write_bytes(whole.read_bytes()[:-65_536])
+    try:
+        clip.encode_from_tokens(tokens)
+        result["cut off"] = False
+    except (OSError, RuntimeError):
+        result["cut off"] = clip.cond_stage_model.is_empty
+    whole.replace(WORDS)
+    result["whole again"] = bool(torch.equal(clip.encode_from_tokens(tokens), found[1]))
+
     folder_paths.add_model_folder_path("text_encoders", str(FOLDER))
+    before = folders.fingerprint_of(folders.text_encoder_path, [WORDS.name]), loading.fingerprint(loading._files(WORDS, "text_encoder"))
+    SEES.touch()
+    after = folders.fingerprint_of(folders.text_encoder_path, [WORDS.name]), loading.fingerprint(loading._files(WORDS, "text_encoder"))
+    result["another vision file"] = [a != b for a, b in zip(after, before, strict=True)]
     result["offered"] = [name for name in folders.text_encoders() if name.endswith(".gguf")]
     assert folders.text_encoder_path(WORDS.name) == WORDS
     return result
@@ -186,6 +204,8 @@ def test_encodes_as_comfyui_with_the_same_weights(results):
     assert 0.9 * files < ours <= files
     assert result["patched"] < 0.01  # a patched weight becomes bfloat16
     assert (result["restored"], result["dropped"], result["again"]) == (True, True, True)
+    assert (result["cut off"], result["whole again"]) == (True, True)
+    assert result["another vision file"] == [True, True]  # to the node, and to what it keeps
     assert result["offered"] == ["Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf"]
 
 
