@@ -227,6 +227,13 @@ class TransformerPatcher(ShellPatcher):
         version = self.model.current_weight_patches_uuid if hooks is None else object()
         self.model.diffusion_model.weights_version = version
 
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
+        """ComfyUI's, which writes into the weight itself: it is no longer what its file holds."""
+        if is_modulation(key):
+            linear = comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+            self.model.diffusion_model.weights.forget(linear)
+        super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
+
     def unpatch_hooks(self, whitelist_keys_set=None):
         if self.hook_backup:
             self.model.diffusion_model.fused.drop()  # before the weights below our LoRAs become others
