@@ -164,6 +164,8 @@ def _parts(path: Path, architecture: str) -> Parts:
         belongs = transformers_name(key)
         if belongs is None:
             continue
+        if not entry["shape"]:
+            raise ValueError(f"{WEIGHTS} {path.name}: {key} has no dimensions. Download it again.")
         kind = BLOCK_TYPES.get(entry["dtype"])
         shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
         dtype = FLOAT_DTYPES[entry["dtype"]] if kind is None else torch.uint8

@@ -179,6 +179,8 @@ def faults():
     messages["cut off"] = refused()
     gguf_files.write(WORDS, {"blk.0.attn_q.weight": torch.zeros(64, 64)}, lambda *_: "F16", architecture="llama")
     messages["llama"] = refused()
+    gguf_files.write(WORDS, {"token_embd.weight": torch.tensor(1.0)}, lambda *_: "F32", architecture="qwen2vl")
+    messages["no dimensions"] = refused()
     return messages
 
 
@@ -216,4 +218,5 @@ def test_what_is_refused(results):
     assert "is not beside it. Download that of Qwen2.5-VL 7B" in messages["nothing"]
     assert "mmproj-F16.gguf is of another model" in messages["another"]
     assert "download was cut off" in messages["cut off"]
+    assert "token_embd.weight has no dimensions" in messages["no dimensions"]
     assert "found the architecture 'llama', this needs the text encoder" in messages["llama"]
