@@ -20,7 +20,7 @@ from .gguf import SUFFIX
 from .staging import Slab, Staging
 
 WORKERS = 8
-PART = 8 * 2**20  # bytes that one thread reads at once
+PART = 16 * 2**20  # bytes that one thread reads at once
 SLABS = 3 * WORKERS  # parts that are being read, wait for their turn or are being copied
 GAP = 4096  # bytes that nobody wants, read for the sake of what lies behind them
 OPEN = 4  # parts that may still grow: tensors and their scales may lie in places of their own, which advance together

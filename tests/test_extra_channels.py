@@ -167,9 +167,11 @@ def test_nothing_keeps_a_lora_that_has_left(x):
     assert error(product(x, channels, {module: [adapter]}, module), expected) < BOUNDS["fp8"]
 
 
-def test_rows_without_room_get_the_term_afterwards(x):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_rows_without_room_are_added_to_the_term(x, scale, monkeypatch):
+    monkeypatch.setattr("qwen_edit.linear.low_rank", lambda *_: pytest.fail("added afterwards"))
     module = linear(None)
-    adapters = {module: [low_rank(4, 1)]}
+    adapters = {module: [low_rank(4, 1), low_rank(9, 2, scale)]}
     forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
     (op,) = forward.operands(module)
     rows = REFERENCE.quantize_rows(x, None, room=op.room)  # the attention's own output
