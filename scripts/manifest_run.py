@@ -323,7 +323,9 @@ class ManifestRun:
         self._wait(client)
         for queued in self._queued:
             client.interrupt(queued.prompt_id)  # it is there still if only the connection was lost
-        lost = [task for queued in self._queued for task in queued.tasks if not (self._output / task.result).exists()]
+        settled = {bad.line for bad in self.summary.failed}
+        queued = [task for queued in self._queued for task in queued.tasks if task.item.line not in settled]
+        lost = [task for task in queued if not (self._output / task.result).exists()]
         left = [task for task in lost if not self._collect(client, task)]
         self._queued.clear()
         if left and not self._since_loss:
