@@ -150,6 +150,12 @@ def encoded():
     whole.replace(WORDS)
     result["whole again"] = bool(torch.equal(clip.encode_from_tokens(tokens), found[1]))
 
+    try:
+        clip.state_dict_for_saving()
+    except ValueError as e:
+        result["saving"] = str(e)
+    result["names"] = clip.get_sd().keys() == native.get_sd().keys()
+
     folder_paths.add_model_folder_path("text_encoders", str(FOLDER))
     before = folders.fingerprint_of(folders.text_encoder_path, [WORDS.name]), loading.fingerprint(loading._files(WORDS, "text_encoder"))
     SEES.touch()
@@ -208,6 +214,8 @@ def test_encodes_as_comfyui_with_the_same_weights(results):
     assert (result["restored"], result["dropped"], result["again"]) == (True, True, True)
     assert (result["cut off"], result["whole again"]) == (True, True)
     assert result["another vision file"] == [True, True]  # to the node, and to what it keeps
+    assert result["saving"].startswith("[QE_INPUT] A text encoder in GGUF can't be saved.")
+    assert result["names"]
     assert result["offered"] == ["Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf"]
 
 
