@@ -203,7 +203,7 @@ def _item(line: int, row: Mapping[str, Any] | str, defaults: Defaults) -> Item |
         own = _text(row, "name") if _given(row, "name") else PurePosixPath(pictures[0].replace("\\", "/")).stem
         return Item(**vars(known), line=line, pictures=pictures, name=safe_name(own))
     except _Bad as error:
-        where = f"line {line}" if line else pictures[0]
+        where = f"line {line}" if line else row["picture"]
         return Refused(line, pictures[0] if pictures else "", f"{INPUT} {where}, {error}")
 
 
