@@ -48,6 +48,10 @@ class _Prepared:
     gain: torch.Tensor
     scale: torch.Tensor | None = None  # held, so that no other can come to lie at its address
     level: int = 0
+    count: int = field(init=False)  # c; a tensor's len takes long, and a switch asks thousands of times
+
+    def __post_init__(self):
+        object.__setattr__(self, "count", self.gain.shape[0])
 
 
 @dataclass
@@ -80,7 +84,7 @@ class _Laid:
         assert op.weight is not None
         if self.channels.up is not None or _is_added(op):
             return self.channels.up is not None and _is_added(op)
-        return self.at == op.weight.data_ptr() and _room(op.weight) >= len(self.channels.down)
+        return self.at == op.weight.data_ptr() and _room(op.weight) >= self.channels.down.shape[0]
 
 
 class ExtraChannels:
@@ -117,7 +121,7 @@ class ExtraChannels:
         if laid is None or not _same(laid.sources, parts):
             self._laid.pop(op.modules[0], None)  # until the end nothing is certain
             step = JOINT_STEP if len(op.widths) > 1 and op.weight.dtype in FLOATS else RANK_STEP
-            total = -(-max(sum(len(p.gain) for p in group) for group in groups) // step) * step
+            total = -(-max(sum(p.count for p in group) for group in groups) // step) * step
             down = _side_by_side([[p.a for p in group] for group in groups], total)
             gain = _gains(op, groups, scales, total)
             if _is_added(op):
@@ -126,11 +130,11 @@ class ExtraChannels:
                 op = _write(op, prepared, total, laid)
                 channels = Channels(down, gain)
             assert op.weight is not None
-            counts = [[len(p.gain) for p in each] for each in prepared]
+            counts = [[p.count for p in each] for each in prepared]
             laid = _Laid(op.weight.data_ptr(), counts, [weakref.ref(p) for p in parts], scales, channels)
             self._laid[op.modules[0]] = laid
         elif laid.scales != scales:
-            total = len(laid.channels.down) // len(groups)
+            total = laid.channels.down.shape[0] // len(groups)
             laid.channels = replace(laid.channels, gain=_gains(op, groups, scales, total))
             laid.scales = scales
         laid.asked, laid.scaled_by = [weakref.ref(a) for a in adapters_in_order], _address(op.scale)
@@ -168,18 +172,18 @@ def _room(weight: torch.Tensor) -> int:
 
 def _write(op: Operand, prepared: Sequence[Sequence[_Prepared]], total: int, before: _Laid | None) -> Operand:
     """Write the adapters into ``total`` spare columns; ``before`` is what lies there now, if that is known."""
-    counts = [[len(p.gain) for p in each] for each in prepared]
+    counts = [[p.count for p in each] for each in prepared]
     op = _with_room(op, total)
     weight = op.weight
     assert weight is not None
-    columns = weight.as_strided((len(weight), total), weight.stride(), weight.storage_offset() + weight.shape[1])
+    columns = weight.as_strided((weight.shape[0], total), weight.stride(), weight.storage_offset() + weight.shape[1])
     if before is None or before.counts != counts or before.at != weight.data_ptr():
         columns.zero_()
     channel = row = 0
     for width, each in zip(op.widths, prepared, strict=True):
         for p in each:
-            columns[row : row + width, channel : channel + len(p.gain)] = p.b
-            channel += len(p.gain)
+            columns[row : row + width, channel : channel + p.count] = p.b
+            channel += p.count
         row += width
     return op
 
@@ -210,7 +214,7 @@ def _side_by_side(groups: Sequence[Sequence[torch.Tensor]], total: int) -> torch
     """``[groups * total, ...]``, zeros behind each group's parts; each operation here counts a thousand times when LoRAs are
     switched."""
     like = next(part for group in groups for part in group)
-    missing = [total - sum(map(len, group)) for group in groups]
+    missing = [total - sum(part.shape[0] for part in group) for group in groups]
     zeros = like.new_zeros((max(missing), *like.shape[1:])) if any(missing) else like
     parts = []
     for group, count in zip(groups, missing, strict=True):
@@ -226,7 +230,7 @@ def _prepared(op: Operand, mine: Sequence[Sequence[LowRank]]) -> list[list[_Prep
     result = []
     for each, scale in zip(mine, scales, strict=True):
         result.append([_prepared_one(adapter, dtype, scale) for adapter in each])
-        if any(len(p.gain) > MOST_CHANNELS * len(a.a) for p, a in zip(result[-1], each, strict=True)):
+        if any(p.count > MOST_CHANNELS * a.a.shape[0] for p, a in zip(result[-1], each, strict=True)):
             return None
     return result
 

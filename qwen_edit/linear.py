@@ -127,7 +127,7 @@ class Operand:
     @property
     def room(self) -> int:
         """How many columns the rows need behind them."""
-        return 0 if self.channels is None or self.channels.up is not None else len(self.channels.down)
+        return 0 if self.channels is None or self.channels.up is not None else self.channels.down.shape[0]
 
     @property
     def prologue(self) -> torch.dtype | None:
@@ -316,7 +316,7 @@ def _upon_low_rank(op: Operand, x: torch.Tensor, channels: Channels, out: torch.
     t = F.linear(x, channels.down)
     t = t if channels.gain is None else t.mul_(channels.gain)
     rows, width = op.weight.shape
-    up = op.weight.as_strided((rows, len(channels.down)), op.weight.stride(), op.weight.storage_offset() + width)
+    up = op.weight.as_strided((rows, channels.down.shape[0]), op.weight.stride(), op.weight.storage_offset() + width)
     return _plain(replace(op, weight=up), t, out).addmm_(x, op.weight.t())
 
 
