@@ -101,10 +101,13 @@ def test_findings_the_choice_and_resident_loras_stand_on_the_nodes_until_they_ar
 
 
 def test_findings_speak_chinese(page: tuple[Browser, bool]):
-    browser, _ = page
+    browser, nodes_2 = page
     browser.set("Comfy.Locale", "zh")
     browser.open()
     browser.load_api(json.loads((REPO / "workflows" / "api" / "lightning.json").read_text("utf-8")), "lightning")
     run(browser)
     warning = f"⚠ {FINDINGS['zh']['lightning-missing']}"
-    assert warning in wait_for(page, SAMPLER, warning)
+    shown = wait_for(page, SAMPLER, warning)
+    assert warning in shown
+    assert "4 步 · 无 CFG · 动态偏移" in shown
+    assert ("报告" in shown) == nodes_2

@@ -70,7 +70,7 @@ def test_run_shows_progress_preview_and_reports(browser: Browser):
     assert "denoise" in reports["QwenEditPerfLogger"]
     assert reports["SaveImage"] is None
     # Before and after, in ComfyUI's own comparison.
-    compared = browser.js("return app.graph.getNodeById(10).widgets[0].value")
+    compared = browser.js("return app.nodeOutputs['10']")
     assert "compare.a" in json.dumps(compared)
     assert "compare.b" in json.dumps(compared)
     browser.js(

@@ -4,6 +4,7 @@
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { showMarks } from "./marks.js";
+import { text } from "./texts.js";
 
 const REPORT = "report";
 const lineHeight = () => (LiteGraph.vueNodesMode ? 15 : 12);
@@ -16,6 +17,7 @@ function reportWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === REPORT);
   if (existing) return existing;
   const { widget } = app.widgets.STRING(node, REPORT, ["STRING", { multiline: true }], app);
+  widget.label = text("report");
   widget.serialize = false; // not in the saved workflow
   widget.options.serialize = false; // not in what is queued
   widget.options.read_only = true;
@@ -30,18 +32,18 @@ function reportWidget(node) {
 }
 
 function showReport(node, lines) {
-  const text = [lines].flat().filter(Boolean).join("\n");
-  if (!text && !node.widgets?.some((widget) => widget.name === REPORT)) return;
+  const said = [lines].flat().filter(Boolean).join("\n");
+  if (!said && !node.widgets?.some((widget) => widget.name === REPORT)) return;
   const widget = reportWidget(node);
-  widget.value = text;
-  const table = text.includes("  "); // columns are lined up with spaces
+  widget.value = said;
+  const table = said.includes("  "); // columns are lined up with spaces
   const element = widget.element ?? widget.inputEl;
   if (element) {
     element.style.fontFamily = table ? "monospace" : "";
     element.style.whiteSpace = table ? "pre" : "";
   }
   const columns = Math.max(20, (node.size[0] - 40) / CHARACTER_WIDTH);
-  const rows = text
+  const rows = said
     .split("\n")
     .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(line.length / columns))), 0);
   widget.reportHeight = rows * lineHeight() + PADDING;
