@@ -33,7 +33,8 @@ from environment import environment, keep
 from PIL import Image
 
 from qwen_edit.attention import resolve
-from qwen_edit.checkpoints import fill, transformer_from_folder
+from qwen_edit.checkpoints import transformer_from_folder
+from qwen_edit.filling import fill
 from qwen_edit.kernels import resolve_kernels
 from qwen_edit.modulation import ModulationCache
 from qwen_edit.quantize import (

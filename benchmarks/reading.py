@@ -4,13 +4,13 @@
 
 For each format a synthetic file of the released width (random bytes, as many blocks as fit into --gib) is written to
 --folder and read: raw, in large sequential calls by one thread and by several (the faster counts), into buffers that are
-pinned if there is a card; then by the pack. On a card that is `fill`, to the end of the last copy and quantization. Without
-one `fill` maps the file and reads nothing, so there the reading ahead is measured that a card's `fill` is fed by. A file
-of bf16 is also quantized while it is read.
+pinned if there is a card; then by the pack. On a card that is `fill`, to the end of the last copy and quantization. It does
+not read the weights of the modulation, which are read for each schedule; that is measured by itself. Without a card `fill`
+maps the file and reads nothing, so there the reading ahead is measured that a card's `fill` is fed by. A file of bf16 is
+also quantized while it is read.
 
-Memory: the most anonymous memory (RssAnon) during it, less that before, less the weights that stay in RAM for good (the
-modulation, which offload pins). The page cache is warm (each file was just read once), or with --cold dropped before each
-measurement (posix_fadvise; on tmpfs nothing can be dropped). GB are 10^9 bytes.
+Memory: the most anonymous memory (RssAnon) during both, less that before. The page cache is warm (each file was just read
+once), or with --cold dropped before each measurement (posix_fadvise; on tmpfs nothing can be dropped). GB are 10^9 bytes.
 """
 
 import argparse
@@ -35,9 +35,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from environment import environment, keep
 
 from qwen_edit.blocks import BLOCK_TYPES
-from qwen_edit.checkpoints import _stored, check_tensors, fill, transformer_from_file
+from qwen_edit.checkpoints import check_tensors, read_headers, transformer_from_file
+from qwen_edit.filling import fill, places
 from qwen_edit.packed import PACKED, keep_packed
-from qwen_edit.quantize import prepare
+from qwen_edit.quantize import is_modulation, prepare
 from qwen_edit.reading import read_ahead
 from qwen_edit.stored_weights import keep_stored
 from qwen_edit.transformer import QwenEditTransformer
@@ -200,9 +201,9 @@ def model_for(source, form: str | None, device: torch.device):
 def read_by_the_pack(path: Path, form: str | None, device: torch.device) -> dict[str, float]:
     source = transformer_from_file(path, True)
     model = model_for(source, form, device)
-    wanted, _ = _stored(model, source)
-    size = sum(stored.nbytes for stored in wanted.values())
-    kept = sum(stored.nbytes for stored in wanted.values() if stored.keep)
+    wanted, _ = places(source, read_headers(source))
+    later = {name: stored for name, stored in wanted.items() if is_modulation(name)}
+    size, size_later = (sum(stored.nbytes for stored in part.values()) for part in (wanted, later))
     reports = 0
 
     def progress(done: int, total: int) -> None:
@@ -212,20 +213,36 @@ def read_by_the_pack(path: Path, form: str | None, device: torch.device) -> dict
     with peak_anonymous() as most:
         begin = time.perf_counter()
         if device.type == "cuda":
-            fill(model, source, torch.bfloat16, device, progress)
+            weights = fill(model, source, torch.bfloat16, device, progress)
             torch.cuda.synchronize()
         else:
-            held = [tensor for name, tensor in read_ahead(wanted, pinned=False) if wanted[name].keep]
-        seconds = time.perf_counter() - begin
-        memory = most() - kept
-    if device.type != "cuda":
-        del held
+            for _ in read_ahead({name: stored for name, stored in wanted.items() if name not in later}, device):
+                pass
+        loaded = time.perf_counter() - begin
+        begin = time.perf_counter()
+        if device.type == "cuda":
+            read_modulation(model, weights, torch.empty(0, dtype=torch.bfloat16, device=device))
+            torch.cuda.synchronize()
+        else:
+            for _ in read_ahead(later, device):
+                pass
+        scheduled = time.perf_counter() - begin
+        memory = most()
     return {
-        "gb_per_s": round(size / seconds / 1e9, 2),
-        "seconds": round(seconds, 2),
+        "gb_per_s": round((size - size_later) / loaded / 1e9, 2),
+        "seconds": round(loaded, 2),
+        "modulation_gb_per_s": round(size_later / scheduled / 1e9, 2),
+        "modulation_seconds": round(scheduled, 2),
         "anonymous_gib": round(max(0, memory) / 2**30, 2),
         "progress_reports": reports,
     }
+
+
+def read_modulation(model, weights, like: torch.Tensor) -> None:
+    linears = [linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1])]
+    with weights.ahead(linears, like):
+        for linear in linears:
+            assert weights.read(linear) is not None
 
 
 def measure(path: Path, file_format: str, device: torch.device, cold: bool, repeats: int) -> Iterator[dict[str, Any]]:
@@ -249,7 +266,9 @@ def measure(path: Path, file_format: str, device: torch.device, cold: bool, repe
             runs.append(read_by_the_pack(path, form, device))
         best = max(runs, key=lambda run: run["gb_per_s"])
         best["anonymous_gib"] = max(run["anonymous_gib"] for run in runs)
-        share = round(best["gb_per_s"] / max(raw.values()), 3)
+        best["modulation_gb_per_s"] = max(run["modulation_gb_per_s"] for run in runs)
+        best["modulation_seconds"] = min(run["modulation_seconds"] for run in runs)
+        share, modulation = (round(best[f"{of}gb_per_s"] / max(raw.values()), 3) for of in ("", "modulation_"))
         gb = round(path.stat().st_size / 1e9, 2)
         yield {
             "format": file_format,
@@ -258,6 +277,7 @@ def measure(path: Path, file_format: str, device: torch.device, cold: bool, repe
             "raw_gb_per_s": raw,
             **best,
             "share_of_raw": share,
+            "modulation_share_of_raw": modulation,
         }
 
 

@@ -9,23 +9,20 @@ alone or with a text encoder and a VAE, quantized or not (the forms that ComfyUI
 import json
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .blocks import BLOCK_TYPES, BlockType, dequantize, packed_shape
+from .blocks import BLOCK_TYPES, BlockType
 from .errors import WEIGHTS
 from .gguf import SUFFIX
 from .headers import read_header, read_metadata
 from .packed import PackedLinear
-from .quantize import MISSING, StaysInRam, in_its_form, is_modulation
-from .reading import Stored, mapped, read_ahead, read_now
-from .stored_formats import SMOOTHING, StoredWeight, take_stored_weights, unpacked
-from .stored_weights import for_module
+from .quantize import MISSING, is_modulation
+from .stored_formats import StoredWeight, take_stored_weights, unpacked
 
 PIPELINES = ("QwenImageEditPlusPipeline", "QwenImageEditPipeline")
 FLOAT_DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -40,10 +37,6 @@ DTYPES = FLOAT_DTYPES | {
 ZERO_COND_MARKER = "__index_timestep_zero__"
 # This model alone has it at the top of its names, so what stands before it is the file's prefix.
 TOP_LEVEL_NAME = "txt_norm.weight"
-BLOCKS = "transformer_blocks"
-
-
-Progress = Callable[[int, int], None]  # bytes read so far, bytes in all
 
 
 @dataclass(frozen=True)
@@ -194,7 +187,7 @@ def weight_files(component: Path) -> list[Path]:
 
 def block_bytes(source: TransformerSource) -> int:
     """Size in bf16 of the blocks' weights, those of the modulation left out."""
-    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+    headers = read_headers(source)
     return sum(
         2 * math.prod(unpacked(source.stored.get(name), headers[path][key]["shape"]))
         for name, (path, key) in source.tensors.items()
@@ -271,92 +264,18 @@ def _main_dtype(files: Iterable[Path]) -> torch.dtype:
     return max(counted, key=lambda d: counted[d], default=torch.bfloat16)
 
 
-def fill(
-    model: torch.nn.Module,
-    source: TransformerSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    progress: Progress | None = None,
-    on_ram: Callable[[torch.Tensor], None] | None = None,
-    on_block: Callable[[int], None] | None = None,
+def read_headers(source: TransformerSource) -> dict[Path, dict[str, dict]]:
+    """Those of the files that the weights lie in, see ``read_header``."""
+    return {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+
+
+def check_tensors(
+    model: torch.nn.Module, source: TransformerSource, headers: Mapping[Path, Mapping[str, Mapping]] | None = None
 ) -> None:
-    """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``, and there into the
-    form of their modules (see ``quantize``), one tensor after the other. ``on_ram`` gets each one that stays in RAM;
-    ``on_block`` is called with a block's index as soon as the block has all its weights, and may move them.
+    """Raise as ``filling.fill`` would, from the headers alone, so that nothing is loaded for a file that can't be used.
 
-    Raises:
-        ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
-    """
-    check_tensors(model, source)
-    wanted, scales = _stored(model, source)
-    total, done = sum(s.nbytes for s in wanted.values()), 0
-    left = Counter(_block_of(name)[0] for name in wanted)
-    state: dict[int | None, dict[str, torch.Tensor]] = defaultdict(dict)
-    for name, tensor in mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
-        module, parameter = _owner(model, name)
-        there = tensor if wanted[name].keep else tensor.to(device)
-        if name in source.stored:
-            beside = {what: read_now(s).to(there.device) for what, s in scales[name].items()}
-            there = for_module(module, source.stored[name], there, beside, dtype)
-        elif name not in source.blocks:
-            there = there.to(dtype)
-        elif not isinstance(module, PackedLinear):
-            floats = dequantize(there.to(device), source.blocks[name], dtype)  # on the card, where it is fast
-            there = floats.view(getattr(module, parameter).shape).to(there.device)
-        block, name_there = _block_of(name)
-        state[block][name_there] = in_its_form(module, parameter, there)
-        left[block] -= 1
-        if block is not None and left[block] == 0:
-            model.get_submodule(f"{BLOCKS}.{block}").load_state_dict(state.pop(block), strict=True, assign=True)
-            if on_block is not None:
-                on_block(block)
-        if wanted[name].keep and on_ram is not None:
-            on_ram(there)
-        done += wanted[name].nbytes
-        if progress is not None:
-            progress(done, total)
-    model.load_state_dict(state[None], strict=False, assign=True)  # check_tensors was strict
-    model.requires_grad_(False)
-
-
-def _block_of(name: str) -> tuple[int | None, str]:
-    """The index of the block that a tensor belongs to (None: to none), and its name there."""
-    if not name.startswith(f"{BLOCKS}."):
-        return None, name
-    _, index, rest = name.split(".", 2)
-    return int(index), rest
-
-
-def _owner(model: torch.nn.Module, name: str) -> tuple[Any, str]:
-    module, _, parameter = name.rpartition(".")
-    return model.get_submodule(module), parameter
-
-
-def _stored(
-    model: torch.nn.Module, source: TransformerSource
-) -> tuple[dict[str, Stored], dict[str, dict[str, Stored]]]:
-    """By the model's names: the tensors, in the order in which they lie in the files, and the scales of the quantized."""
-    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
-
-    def place(path: Path, key: str, keep: bool = False) -> Stored:
-        entry = headers[path][key]
-        kind = BLOCK_TYPES.get(entry["dtype"])
-        shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
-        dtype = DTYPES[entry["dtype"]] if kind is None else torch.uint8
-        return Stored(key, path, entry["data_offsets"][0], shape, dtype, keep)
-
-    found, scales = {}, {}
-    for name, (path, key) in source.tensors.items():
-        found[name] = place(path, key, isinstance(_owner(model, name)[0], StaysInRam))
-        if name in source.stored:
-            weight = source.stored[name]
-            beside = dict(weight.scales) | ({SMOOTHING: weight.smoothing} if weight.smoothing is not None else {})
-            scales[name] = {what: place(path, key) for what, key in beside.items()}
-    return dict(sorted(found.items(), key=lambda item: (item[1].path, item[1].offset))), scales
-
-
-def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
-    """Raise as ``fill`` would, from the headers alone, so that nothing is loaded for a file that can't be used.
+    Args:
+        headers: of the source's files, if they have been read already.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape.
@@ -366,7 +285,7 @@ def check_tensors(model: torch.nn.Module, source: TransformerSource) -> None:
         if isinstance(module, PackedLinear):
             expected[f"{name}.weight"] = torch.Size((module.out_features, module.in_features))
     check_names(source.label, expected.keys(), source.tensors.keys())
-    headers = {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
+    headers = headers or read_headers(source)
     for name, (path, key) in source.tensors.items():
         weight, shape = source.stored.get(name), expected[name]
         wanted = shape if weight is None else weight.stored_shape(shape)

@@ -8,6 +8,7 @@ the two frames of its patch convolution; here they come together again.
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -162,8 +163,7 @@ def _parts(path: Path, architecture: str) -> Parts:
         kind = BLOCK_TYPES.get(entry["dtype"])
         shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
         dtype = FLOAT_DTYPES[entry["dtype"]] if kind is None else torch.uint8
-        alone = belongs[0] == EMBEDDING  # or all buffers would have its size, many times that of the others
-        stored = Stored(key, path, entry["data_offsets"][0], shape, dtype, keep=alone)
+        stored = Stored(key, path, entry["data_offsets"][0], shape, dtype)
         found[belongs[0]][belongs[1]] = Part(stored, tuple(entry["shape"]), kind)
     return {name: tuple(part for _, part in sorted(parts.items())) for name, parts in found.items()}
 
@@ -191,15 +191,15 @@ def read_encoder(
     wanted = {key: part.stored for key, (_, part) in belongs.items()}
     wanted = dict(sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset)))
     waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    for key, tensor in mapped(wanted) if device.type == "cpu" else read_ahead(wanted, pinned=device.type == "cuda"):
-        name, part = belongs[key]
-        there = tensor.to(device)
-        if part.kind is not None and name not in packed:
-            there = dequantize(there, part.kind, torch.bfloat16).view(part.shape)
-        waiting[name][key] = there
-        if len(waiting[name]) == len(source.parts[name]):
-            parts = waiting.pop(name)
-            yield name, _joined(name, [parts[part.stored.name] for part in source.parts[name]])
+    with closing(mapped(wanted) if device.type == "cpu" else read_ahead(wanted, device)) as tensors:
+        for key, tensor in tensors:
+            name, part = belongs[key]
+            if part.kind is not None and name not in packed:
+                tensor = dequantize(tensor, part.kind, torch.bfloat16).view(part.shape)
+            waiting[name][key] = tensor
+            if len(waiting[name]) == len(source.parts[name]):
+                parts = waiting.pop(name)
+                yield name, _joined(name, [parts[part.stored.name] for part in source.parts[name]])
 
 
 def _joined(name: str, parts: list[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,7 @@ result as low-rank terms, so no weight is ever touched.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -66,6 +67,10 @@ class WeightReader(Protocol):
         """The weights read so far are not needed any more."""
         ...
 
+    def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> AbstractContextManager[None]:
+        """While these are about to be read, in this order, to be multiplied with rows of this dtype and device."""
+        ...
+
 
 def runs_itself(module: nn.Module) -> bool:
     """Whether somebody has replaced or hooked this one module's forward, which multiplying with its weight would skip."""
@@ -83,6 +88,9 @@ class Resident:
     def release(self) -> None:
         pass
 
+    def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 RESIDENT = Resident()
 
@@ -90,13 +98,13 @@ RESIDENT = Resident()
 @dataclass(frozen=True)
 class Channels:
     """Adapters as a part of a product: ``t = gain * (x @ down.T)`` goes behind x, and the weight has columns for it
-    (see ``extra_channels.py``). ``down`` ``[R, K]`` in the rows' dtype, ``gain`` ``[R]`` in float32.
+    (see ``extra_channels.py``). ``down`` ``[R, K]`` in the rows' dtype, ``gain`` ``[R]`` in float32 (None: ones).
 
     With ``up`` (int8) x and the weight stay as they are, and t and ``up`` are the product's ``kernels.Addend``.
     """
 
     down: torch.Tensor
-    gain: torch.Tensor
+    gain: torch.Tensor | None
     up: torch.Tensor | None = None
 
 
@@ -119,7 +127,7 @@ class Operand:
     @property
     def room(self) -> int:
         """How many columns the rows need behind them."""
-        return 0 if self.channels is None or self.channels.up is not None else len(self.channels.gain)
+        return 0 if self.channels is None or self.channels.up is not None else len(self.channels.down)
 
     @property
     def prologue(self) -> torch.dtype | None:
@@ -242,6 +250,8 @@ def multiply(
         (module,) = op.modules
         y = module(rows.unquantized)
         y = y if out is None else out.copy_(y)
+    elif op.scale is None and op.channels is not None and not in_channels:
+        y, in_channels = _upon_low_rank(op, x, op.channels, out), True
     elif op.scale is None:
         y = _plain(op, x, out)
     else:
@@ -270,6 +280,7 @@ def _addend(op: Operand, rows: Rows, dtype: torch.dtype) -> Addend | None:
     if op.channels is None or op.channels.up is None:
         return None
     assert rows.scale is not None
+    assert op.channels.gain is not None
     t = quantized_matmul(rows.data, rows.scale, op.channels.down, op.channels.gain[:, None], None, dtype)
     return Addend(t, op.channels.up)
 
@@ -296,6 +307,17 @@ def _plain(op: Operand, x: torch.Tensor, out: torch.Tensor | None) -> torch.Tens
     if op.bias is None:
         return torch.mm(x, op.weight.t(), out=out)
     return torch.addmm(op.bias, x, op.weight.t(), out=out)
+
+
+def _upon_low_rank(op: Operand, x: torch.Tensor, channels: Channels, out: torch.Tensor | None) -> torch.Tensor:
+    """The product of rows that have no room: the adapters' term is written first and the product added to it, which reads
+    the result once less than adding the term afterwards."""
+    assert op.weight is not None
+    t = F.linear(x, channels.down)
+    t = t if channels.gain is None else t.mul_(channels.gain)
+    rows, width = op.weight.shape
+    up = op.weight.as_strided((rows, len(channels.down)), op.weight.stride(), op.weight.storage_offset() + width)
+    return _plain(replace(op, weight=up), t, out).addmm_(x, op.weight.t())
 
 
 def low_rank(y: torch.Tensor, x: torch.Tensor, adapters: Sequence[Adapter]) -> torch.Tensor:

@@ -106,10 +106,12 @@ def compute_table(
             y = F.linear(activated, weight, bias)
         return low_rank(y, activated, adapters.get(linear, ()))
 
+    pairs = [(block.img_mod[1], block.txt_mod[1]) for block in model.transformer_blocks]
     blocks = []
-    for block in model.transformer_blocks:
-        blocks.append(torch.stack([project(block.img_mod[1]), project(block.txt_mod[1])], dim=1))
-        weights.release()
+    with weights.ahead([linear for pair in pairs for linear in pair], like):
+        for pair in pairs:
+            blocks.append(torch.stack([project(linear) for linear in pair], dim=1))
+            weights.release()
     scale, shift = project(model.norm_out.linear).chunk(2, dim=-1)
     weights.release()
     row_of = {float(value): row for row, value in enumerate(timesteps)}

@@ -58,8 +58,10 @@ class PackedInRam(PackedLinear, StaysInRam):
     """One that stays in RAM; its bytes go to the card for each product."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(x.device, non_blocking=True)
-        return F.linear(x, self.dequantized(weight), self.bias.to(x.device, non_blocking=True))
+        return StaysInRam.forward(self, x)
+
+    def floats(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return self.dequantized(data)
 
 
 def keep_packed(model: nn.Module, blocks: Mapping[str, BlockType], form: str | None) -> None:

@@ -42,16 +42,30 @@ SHARE = {None: 1.0, "fp8": 0.5, "int8": 0.5, "w4a4": 0.26, "w4a8": 4.5 / 16}
 
 
 class StaysInRam(nn.Linear):
-    """A linear whose weights stay in RAM wherever the model moves: they are read once for a schedule, and each copy is
-    made then."""
+    """A linear whose weights stay in RAM wherever the model moves, in the dtype of their file: they are read once for a
+    schedule, and each copy is made then."""
 
     def _apply(self, fn, recurse=True):
         leaves_ram = fn(torch.empty(0, dtype=self.weight.dtype)).device.type not in ("cpu", "meta")
         return self if leaves_ram else super()._apply(fn, recurse)
 
+    def floats(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The weight ``[N, K]``, made on another device of a copy of its data."""
+        return data.to(dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.device, non_blocking=True)
-        return F.linear(x, self.weight.to(x.device, non_blocking=True), bias)
+        return F.linear(x, self.floats(raw_data(self.weight).to(x.device, non_blocking=True), x.dtype), bias)
+
+
+def raw_data(weight: Any) -> torch.Tensor:
+    """A weight's numbers as they are stored, without the scales of a quantized one."""
+    return weight._qdata if isinstance(weight, QuantizedTensor) else weight
+
+
+def with_data(weight: Any, data: torch.Tensor) -> Any:
+    """A quantized weight like this one, of a copy of its data, on the copy's device."""
+    return QuantizedTensor(data, weight._layout_cls, weight._params.to_device(data.device))
 
 
 class QuantizedLinear(nn.Linear):

@@ -26,6 +26,7 @@ from .quantize import (
     QuantizedTensor,
     StaysInRam,
     is_modulation,
+    with_data,
 )
 from .stored_formats import SMOOTHING, StoredWeight
 
@@ -138,10 +139,8 @@ class StoredInRam(StaysInRam):
     convert_weight = QuantizedLinear.convert_weight
     set_weight = QuantizedLinear.set_weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight: Any = self.weight.to(x.device)
-        bias = None if self.bias is None else self.bias.to(x.device, non_blocking=True)
-        return F.linear(x, weight.dequantize(), bias)
+    def floats(self, data: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return with_data(self.weight, data).dequantize()
 
 
 def families(stored: Mapping[str, StoredWeight | BlockType]) -> Counter[str]:

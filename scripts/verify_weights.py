@@ -32,7 +32,7 @@ def main() -> int:
         print(f"This Python lacks {e.name}. Run it with the Python of your ComfyUI.", file=sys.stderr)
         return 1
     sys.path.append(str(REPO))
-    from qwen_edit import checkpoints
+    from qwen_edit import checkpoints, filling
     from qwen_edit.transformer import QwenEditTransformer
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,7 @@ def main() -> int:
             f"{source.label}: {len(source.tensors)} tensors, {source.dtype} on disk, zero_cond_t {source.config.get('zero_cond_t')}"
         )
         start = time.perf_counter()
-        checkpoints.fill(ours, source, dtype, device)
+        filling.fill(ours, source, dtype, device)
         print(f"Read in {time.perf_counter() - start:.1f} s as {dtype} on {device}.")
     except (ValueError, OSError) as e:
         print(e, file=sys.stderr)

@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from qwen_edit.checkpoints import (
     ZERO_COND_MARKER,
-    fill,
     is_edit_folder,
     read_header,
     transformer_from_file,
     transformer_from_folder,
     weight_files,
 )
+from qwen_edit.filling import fill
 from qwen_edit.transformer import QwenEditTransformer
 
 CONFIG = dict(num_layers=2, attention_head_dim=128, num_attention_heads=1, joint_attention_dim=24)

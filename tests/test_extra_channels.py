@@ -8,8 +8,9 @@ import torch
 from test_linear import IN, OUT, TOKENS, error, exact, linear
 from torch import nn
 
-from qwen_edit.checkpoints import fill, transformer_from_folder
+from qwen_edit.checkpoints import transformer_from_folder
 from qwen_edit.extra_channels import ExtraChannels
+from qwen_edit.filling import fill
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import LowRank, pack
 from qwen_edit.lora import read_lora
@@ -166,9 +167,11 @@ def test_nothing_keeps_a_lora_that_has_left(x):
     assert error(product(x, channels, {module: [adapter]}, module), expected) < BOUNDS["fp8"]
 
 
-def test_rows_without_room_get_the_term_afterwards(x):
+@pytest.mark.parametrize("scale", [1.0, 0.5])
+def test_rows_without_room_are_added_to_the_term(x, scale, monkeypatch):
+    monkeypatch.setattr("qwen_edit.linear.low_rank", lambda *_: pytest.fail("added afterwards"))
     module = linear(None)
-    adapters = {module: [low_rank(4, 1)]}
+    adapters = {module: [low_rank(4, 1), low_rank(9, 2, scale)]}
     forward = Forward(None, adapters=adapters, channels=ExtraChannels())  # pyright: ignore[reportArgumentType]
     (op,) = forward.operands(module)
     rows = REFERENCE.quantize_rows(x, None, room=op.room)  # the attention's own output

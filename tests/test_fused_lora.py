@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_edit.checkpoints import fill, transformer_from_folder
+from qwen_edit.checkpoints import transformer_from_folder
 from qwen_edit.extra_channels import ExtraChannels
+from qwen_edit.filling import fill
 from qwen_edit.fused_lora import FusedLoras, pays
 from qwen_edit.kernels import reference
 from qwen_edit.linear import NO_ADAPTERS, HighRank, LowRank, pack

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from qwen_edit import geometry as geo
-from qwen_edit.checkpoints import check_tensors, fill, read_header, transformer_from_file
+from qwen_edit.checkpoints import check_tensors, read_header, transformer_from_file
+from qwen_edit.filling import fill
 from qwen_edit.lora import read_lora
 from qwen_edit.packed import keep_packed
 from qwen_edit.quantize import prepare

@@ -11,13 +11,13 @@ from qwen_edit.attention import resolve
 from qwen_edit.blocks import BLOCK_TYPES
 from qwen_edit.checkpoints import (
     ZERO_COND_MARKER,
-    _stored,
     block_bytes,
     check_tensors,
-    fill,
     read_header,
+    read_headers,
     transformer_from_file,
 )
+from qwen_edit.filling import fill, places
 from qwen_edit.kernels import REFERENCE
 from qwen_edit.linear import pack, unpacked_operand
 from qwen_edit.packed import PACKED, PackedInRam, PackedLinear, keep_packed, unpatch
@@ -165,10 +165,10 @@ def test_sizes(tmp_path, state, packed):
 
 def test_read_ahead_gives_what_the_mapped_file_has(tmp_path, packed):
     source = transformer_from_file(tmp_path / "model-2511.gguf")
-    wanted, _ = _stored(packed, source)
+    wanted, _ = places(source, read_headers(source))
     in_file = dict(mapped(wanted))
     assert in_file.keys() == source.tensors.keys()
-    for name, tensor in read_ahead(wanted, pinned=False):
+    for name, tensor in read_ahead(wanted, CPU):
         assert torch.equal(tensor, in_file[name])
 
 

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from qwen_edit.checkpoints import fill, transformer_from_folder
+from qwen_edit.checkpoints import transformer_from_folder
+from qwen_edit.filling import fill
 from qwen_edit.modulation import ModulationCache
 from qwen_edit.quantize import FourBitLinear, prepare, quantize_weight
 from qwen_edit.transformer import QwenEditTransformer

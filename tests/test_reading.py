@@ -1,5 +1,9 @@
 """Reading ahead: every tensor as safetensors itself reads it."""
 
+import os
+import threading
+from contextlib import closing
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -8,6 +12,8 @@ from safetensors.torch import save_file
 from qwen_edit import reading
 from qwen_edit.checkpoints import FLOAT_DTYPES, read_header
 from qwen_edit.reading import Stored, read_ahead
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -20,42 +26,47 @@ def files(tmp_path):
     return sorted(tmp_path.glob("*.safetensors"))
 
 
-def stored(files, keep=()):
+def stored(files):
     found = {}
     for path in files:
         for key, entry in read_header(path).items():
             dtype = FLOAT_DTYPES[entry["dtype"]]
-            found[f"model.{key}"] = Stored(
-                key, path, entry["data_offsets"][0], tuple(entry["shape"]), dtype, key in keep
-            )
+            found[f"model.{key}"] = Stored(key, path, entry["data_offsets"][0], tuple(entry["shape"]), dtype)
     return found
 
 
-def test_values_and_order(files):
+def in_file(place: Stored) -> torch.Tensor:
+    with safe_open(place.path, framework="pt") as file:
+        return file.get_tensor(place.name)
+
+
+@pytest.mark.parametrize("part", [100, reading.PART], ids=["many parts", "one part"])
+@pytest.mark.parametrize("order", ["as they lie", "backwards"])
+def test_values_and_order(files, monkeypatch, part, order):
+    monkeypatch.setattr(reading, "PART", part)
+    monkeypatch.setattr(reading, "SLABS", 3)
     wanted = stored(files)
-    got = [(name, tensor.clone()) for name, tensor in read_ahead(wanted, pinned=False)]
+    if order == "backwards":
+        wanted = dict(reversed(wanted.items()))
+    got = list(read_ahead(wanted, CPU))  # nothing overwrites what was read before
     assert [name for name, _ in got] == list(wanted)
     for name, tensor in got:
-        with safe_open(wanted[name].path, framework="pt") as file:
-            expected = file.get_tensor(wanted[name].name)
+        expected = in_file(wanted[name])
         assert tensor.dtype == expected.dtype
         assert torch.equal(tensor, expected)
 
 
-def test_what_is_kept_is_not_overwritten(files):
-    keep = {"t0.0", "t1.4"}
-    wanted = stored(files, keep)
-    kept = {name: tensor for name, tensor in read_ahead(wanted, pinned=False) if wanted[name].keep}
-    assert len(kept) == 2
-    for name, tensor in kept.items():
-        with safe_open(wanted[name].path, framework="pt") as file:
-            assert torch.equal(tensor, file.get_tensor(wanted[name].name))
+def test_tensors_side_by_side_are_read_at_once(files, monkeypatch):
+    sizes = []
+    read = reading._read
 
+    def counted(part, slab, open_files):
+        sizes.append(len(part.tensors))
+        read(part, slab, open_files)
 
-def test_few_buffers_serve_many_tensors(files, monkeypatch):
-    monkeypatch.setattr(reading, "AHEAD", 2)
-    places = {tensor.data_ptr() for _, tensor in read_ahead(stored(files), pinned=False)}
-    assert len(places) == 2
+    monkeypatch.setattr(reading, "_read", counted)
+    list(read_ahead(stored(files), CPU))
+    assert sizes == [7, 7]  # all of a file
 
 
 def test_a_file_cut_off_is_an_error(files):
@@ -63,6 +74,11 @@ def test_a_file_cut_off_is_an_error(files):
     with files[1].open("r+b") as file:
         file.truncate(files[1].stat().st_size - 8)
     with pytest.raises(OSError, match="ends inside"):
-        list(read_ahead(wanted, pinned=False))
-    # whoever stops early leaves no thread behind that still writes
-    next(iter(read_ahead(wanted, pinned=False)))
+        list(read_ahead(wanted, CPU))
+
+
+def test_whoever_stops_early_leaves_no_thread_and_no_open_file(files):
+    before = threading.active_count(), len(os.listdir("/proc/self/fd"))
+    with closing(read_ahead(stored(files), CPU)) as tensors:
+        next(tensors)
+    assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before

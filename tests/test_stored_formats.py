@@ -8,7 +8,8 @@ from safetensors.torch import save_file
 from stored_files import CONFIG, VARIANTS, float_state, in_block, in_layout, metadata_of, scaled, write
 
 from qwen_edit import quantize, stored_weights
-from qwen_edit.checkpoints import ZERO_COND_MARKER, block_bytes, check_tensors, fill, transformer_from_file
+from qwen_edit.checkpoints import ZERO_COND_MARKER, block_bytes, check_tensors, transformer_from_file
+from qwen_edit.filling import fill
 from qwen_edit.precision import Precision, keep_stored_form
 from qwen_edit.quantize import FP8, plain_parts, prepare, stored_bytes
 from qwen_edit.stored_formats import FORMATS, StoredWeight

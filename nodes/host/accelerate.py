@@ -5,6 +5,7 @@ casting, so offloading, DynamicVRAM and native LoRAs work as without us. What th
 natively, and the node that samples says why.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from weakref import WeakKeyDictionary
 
@@ -257,6 +258,9 @@ class CastWeights:
             return copies
         self._held.append((module, cast, bias, stream))
         return cast, bias
+
+    def ahead(self, modules, like: torch.Tensor) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def _resident(self, module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None] | None:
         """Weight and bias of a module that DynamicVRAM has on the card as they are needed; None: ComfyUI has to bring or

@@ -11,9 +11,11 @@ import comfy.utils
 import torch
 
 from ...qwen_edit.attention import KernelChoice
-from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors, fill
+from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.extra_channels import ExtraChannels
+from ...qwen_edit.file_weights import FileWeights
+from ...qwen_edit.filling import fill
 from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
 from ...qwen_edit.modulation import ModulationCache
@@ -28,7 +30,7 @@ from .forward import run_forward
 from .fused import PinnedMemory, SecondCopy, SecondCopyPatcher, adapters_for
 from .lora import modulation_key
 from .memory import ShellPatcher
-from .pinning import BackgroundPins, PinnedBlocks
+from .pinning import PinnedBlocks
 from .transformer_patcher import Offload, Sizes, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
@@ -45,6 +47,7 @@ class HostTransformer(QwenEditTransformer):
     modulation: ModulationCache
     weights_version: object = None  # changes with the patches in the weights
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
+    weights: FileWeights
     stream: BlockStream  # of the blocks that stay in RAM between their turns
     fused: FusedLoras
     host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
@@ -135,6 +138,7 @@ class HostTransformer(QwenEditTransformer):
             forward = Forward(
                 self.attention.attend,
                 self.kernels,
+                self.weights,
                 adapters=adapters_for(self, x, transformer_options),
                 # in buffers there is no room behind the weights, and on a card without room for them twice none for more
                 channels=self.channels,
@@ -207,7 +211,6 @@ class QwenEditModel(comfy.model_base.QwenImage):
         config.latent_format = latent_format
         super().__init__(config)
         self.source = source
-        self._pins = BackgroundPins()
         with torch.device("meta"):
             transformer = HostTransformer.from_config(dict(source.config)).eval()
         check_tensors(transformer, source)
@@ -229,6 +232,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.kernels = kernels
         self.diffusion_model.precision = precision
         self.diffusion_model.modulation = ModulationCache()
+        self.diffusion_model.weights = FileWeights()
         self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
@@ -246,13 +250,12 @@ class QwenEditModel(comfy.model_base.QwenImage):
         stream = self.diffusion_model.stream
         bar = comfy.utils.ProgressBar(100)
         try:
-            fill(
+            self.diffusion_model.weights = fill(
                 self.diffusion_model,
                 self.source,
                 self.diffusion_model.dtype,
                 device,
                 lambda done, total: bar.update_absolute(round(100 * done / total)),
-                self._pins.add if device.type != "cpu" else None,  # there they are the file's own pages
                 lambda index: stream.lay(index) if index in stream.streamed else None,
             )
         except BaseException:  # cancelled too: the next load reads all of them
@@ -270,7 +273,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         return super().state_dict_for_saving(unet_state_dict | marker, *args, **kwargs)
 
     def empty(self) -> None:
-        self._pins.release()
+        self.diffusion_model.weights = FileWeights()
         self.diffusion_model.stream.close()
         self.diffusion_model.forget()
         unpatch(self.diffusion_model)

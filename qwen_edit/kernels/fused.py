@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from . import reference
 from .contract import Modulation, Rows, Update, padded_width
 from .launch import launch
 from .reference import QUANTIZED_MAX, SMALLEST_SCALE
@@ -231,14 +232,15 @@ def _append_low_rank_kernel(
         inside = k < K - start
         x = tl.load(rows + start + k[None, :], mask=inside[None, :], other=0.0)
         down = tl.load(ranks + start + k[:, None], mask=inside[:, None], other=0.0)
-        total = tl.dot(x, down, total, input_precision="ieee")  # of float32, which is for tests: no tf32
+        total = tl.dot(x, down, total)
     total *= tl.load(gain_ptr + r % R)[None, :]
-    if LIMIT > 0:
-        total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
+    total = tl.minimum(tl.maximum(total, -LIMIT), LIMIT)
     tl.store(rows + K + r[None, :], total.to(x_ptr.dtype.element_ty), mask=(m < count)[:, None] & (r < R)[None, :])
 
 
-def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
+    if x.dtype not in QUANTIZED_MAX:
+        return reference.append_low_rank(x, down, gain)
     (count, width), rank = x.shape, len(down)
     # Many rows: x is read as few times as possible. Few: the card's units get something to do.
     rows, block = (16, 64) if count <= MANY_ROWS else (64, 64) if rank <= 64 else (64, 128)
@@ -248,7 +250,7 @@ def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> 
         (x, down, gain),
         (count, x.stride(0), width, rank),
         {
-            "LIMIT": QUANTIZED_MAX.get(x.dtype, 0.0), "BM": rows, "BR": block,
+            "LIMIT": QUANTIZED_MAX[x.dtype], "BM": rows, "BR": block,
             "BK": (128 if block > 64 else 256) // x.element_size(),
         },
         warps=4,

@@ -111,21 +111,26 @@ def _with_room(x: torch.Tensor, room: int) -> torch.Tensor:
     return x.new_empty((count, padded_width(width, room)))[:, :width].copy_(x)
 
 
-def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+def append_low_rank(x: torch.Tensor, down: torch.Tensor, gain: torch.Tensor | None) -> torch.Tensor:
     """``gain * (x @ down.T)`` behind each row of x, in the same memory.
 
     Args:
         x: ``[M, K]``, rows with room for R more; fp8 or a float.
-        down: ``[R, K]`` of the same dtype; ``gain`` ``[R]``, float32.
+        down: ``[R, K]`` of the same dtype; ``gain`` ``[R]``, float32; None: ones, for floats only.
 
     Returns:
         ``[M, K + R]``; what is too large for fp8 is its largest number.
     """
     count, width = x.shape
     extended = x.as_strided((count, width + len(down)), x.stride())
-    t = (x.float() @ down.float().T) * gain
-    limit = QUANTIZED_MAX.get(x.dtype)
-    extended[:, width:] = (t if limit is None else t.clamp(-limit, limit)).to(x.dtype)
+    columns, limit = extended[:, width:], QUANTIZED_MAX.get(x.dtype)
+    if limit is not None:
+        assert gain is not None
+        columns.copy_(((x.float() @ down.float().T) * gain).clamp(-limit, limit))
+        return extended
+    torch.mm(x, down.T, out=columns)
+    if gain is not None:
+        columns.mul_(gain)
     return extended
 
 
