@@ -37,7 +37,9 @@ def page(browser: Browser, request: pytest.FixtureRequest) -> Iterator[tuple[Bro
 
 
 def our_inputs(browser: Browser) -> dict:
-    return {key: node["inputs"] for key, node in browser.api_graph().items() if node["class_type"].startswith("QwenEdit")}
+    return {
+        key: node["inputs"] for key, node in browser.api_graph().items() if node["class_type"].startswith("QwenEdit")
+    }
 
 
 def run(browser: Browser) -> None:
@@ -111,3 +113,34 @@ def test_findings_speak_chinese(page: tuple[Browser, bool]):
     assert warning in shown
     assert "4 步 · 无 CFG · 动态偏移" in shown
     assert ("报告" in shown) == nodes_2
+
+
+def test_a_fallback_stands_on_the_node_with_its_reason_until_a_run_without_one(page: tuple[Browser, bool]):
+    """What falls back on the CPU falls back when it is loaded; here the page is told in the middle of a run, as on a card."""
+    browser, nodes_2 = page
+    browser.problems()
+    browser.open_template("lightning")
+    browser.js(SET, SAMPLER, "seed", 100 + nodes_2)  # no other test's, or ComfyUI answers from its cache
+    reason = "Out of memory: trying once more with the MLPs in parts, which is a little slower."
+    browser.js(
+        """
+        const told = ({ detail }) => {
+          if (detail.node !== "5") return;
+          app.api.removeEventListener("progress", told);
+          app.api.dispatchEvent(new CustomEvent("progress_text", { detail: { nodeId: "5", text: args[0] } }));
+        };
+        app.api.addEventListener("progress", told);
+        """,
+        reason,
+    )
+    report = "return app.graph.getNodeById(5).widgets.find((widget) => widget.name === 'report').value"
+    run(browser)
+    assert "↷ fallback" in wait_for(page, SAMPLER, "↷")
+    assert browser.js(report).endswith(f"\n{reason}")
+    browser.js(SET, SAMPLER, "preset", "standard")
+    browser.js(SET, SAMPLER, "steps", 2)
+    run(browser)
+    shown = wait_for(page, SAMPLER, "2 steps")
+    assert "↷ fallback" not in shown
+    assert reason not in browser.js(report)
+    assert browser.problems() == []
