@@ -8,6 +8,7 @@ import { text } from "./texts.js";
 
 const COLOUR = "#2f4f6f";
 const PRESET_NODES = ["QwenEditSampler", "QwenEditStepPreset"];
+const WIDTH = 340; // in Nodes 2.0 the badge stands in the node, beside the front end's own
 const OVERRIDES = ["steps", "true_cfg_scale", "shift"];
 
 let recipes = {};
@@ -56,6 +57,8 @@ app.registerExtension({
   },
 
   nodeCreated(node) {
-    if (PRESET_NODES.includes(node.comfyClass)) node.badges.push(settingsBadge(node));
+    if (!PRESET_NODES.includes(node.comfyClass)) return;
+    node.badges.push(settingsBadge(node));
+    node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
   },
 });
