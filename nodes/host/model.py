@@ -14,10 +14,10 @@ from ...qwen_edit.attention import KernelChoice
 from ...qwen_edit.checkpoints import ZERO_COND_MARKER, TransformerSource, check_tensors
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.extra_channels import ExtraChannels
-from ...qwen_edit.file_weights import FileWeights
 from ...qwen_edit.filling import fill
 from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
+from ...qwen_edit.linear import RESIDENT, WeightReader
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.packed import keep_packed, unpatch
 from ...qwen_edit.precision import Precision
@@ -47,7 +47,7 @@ class HostTransformer(QwenEditTransformer):
     modulation: ModulationCache
     weights_version: object = None  # changes with the patches in the weights
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
-    weights: FileWeights
+    weights: WeightReader = RESIDENT
     stream: BlockStream  # of the blocks that stay in RAM between their turns
     fused: FusedLoras
     host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
@@ -232,7 +232,6 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.kernels = kernels
         self.diffusion_model.precision = precision
         self.diffusion_model.modulation = ModulationCache()
-        self.diffusion_model.weights = FileWeights()
         self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
@@ -273,7 +272,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         return super().state_dict_for_saving(unet_state_dict | marker, *args, **kwargs)
 
     def empty(self) -> None:
-        self.diffusion_model.weights = FileWeights()
+        self.diffusion_model.weights = RESIDENT
         self.diffusion_model.stream.close()
         self.diffusion_model.forget()
         unpatch(self.diffusion_model)

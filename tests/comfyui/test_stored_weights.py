@@ -65,7 +65,9 @@ def bits(patcher):
     for name, parameter in patcher.model.diffusion_model.named_parameters():
         quantized = isinstance(parameter, QuantizedTensor)
         fields = vars(parameter._params).values() if quantized else ()
-        parts = (parameter._qdata, *(f for f in fields if isinstance(f, torch.Tensor))) if quantized else (parameter,)
+        # floats in one dtype: those of the modulation stay in that of their file
+        plain = parameter.float() if parameter.is_floating_point() else parameter
+        parts = (parameter._qdata, *(f for f in fields if isinstance(f, torch.Tensor))) if quantized else (plain,)
         found[name] = [part.detach().clone().reshape(-1).view(torch.uint8) for part in parts]
     return found
 
