@@ -299,7 +299,7 @@ ARRANGE = """
 const [note, columns] = args;
 const WIDTH = {QwenEditLoader: 320, LoadImage: 300, QwenEditEncode: 400, QwenEditSmartResize: 320, QwenEditBatch: 420, PreviewAny: 400, SaveImage: 340,
                PreviewImage: 340, ImageCompare: 360, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380, PrimitiveStringMultiline: 320,
-               QwenEditPerfReport: 480, QwenEditStepSweep: 480, QwenEditSampler: 340, QwenEditStepPreset: 340};
+               QwenEditPerfReport: 480, QwenEditStepSweep: 480, QwenEditSampler: 360, QwenEditStepPreset: 360};
 const HEIGHT = {LoadImage: 330, SaveImage: 360, PreviewImage: 330, ImageCompare: 390, QwenEditPerfLogger: 330, QwenEditEncode: 330,
                 PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300, QwenEditPerfReport: 900, QwenEditStepSweep: 860};
 const REPORT = 90, PREVIEW = 220;  // what a node grows by when it has reported, and while it shows a preview

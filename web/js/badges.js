@@ -8,7 +8,7 @@ import { text } from "./texts.js";
 
 const COLOUR = "#2f4f6f";
 const PRESET_NODES = ["QwenEditSampler", "QwenEditStepPreset"];
-const WIDTH = 340; // in Nodes 2.0 the badge stands in the node, beside the front end's own
+const WIDTH = 360; // in Nodes 2.0 the badge stands in the node, beside the front end's own
 const OVERRIDES = ["steps", "true_cfg_scale", "shift"];
 
 let recipes = {};
