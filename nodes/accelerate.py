@@ -16,6 +16,7 @@ class QwenEditAccelerate(io.ComfyNode):
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Makes an existing Qwen-Image-Edit workflow faster: put it between the model loader (and LoRA"
             " loaders) and the sampler. The weights stay as they were loaded.",
+            search_aliases=["fast", "speed up", "faster", "attention", "fp8"],
             inputs=[
                 io.Model.Input("model", tooltip="From any loader: Load Diffusion Model, checkpoints, GGUF."),
                 io.Combo.Input(

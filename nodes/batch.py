@@ -28,6 +28,7 @@ class QwenEditBatch(io.ComfyNode):
             " a run that was stopped goes on where it was.",
             is_output_node=True,
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo, io.Hidden.dynprompt, io.Hidden.unique_id],
+            search_aliases=["folder", "manifest", "csv", "queue", "many pictures", "批处理", "文件夹"],
             inputs=[
                 io.Model.Input("model", tooltip="From Qwen Edit Loader, with or without LoRAs."),
                 io.Clip.Input("clip", tooltip="From Qwen Edit Loader or any loader of qwen_2.5_vl_7b."),

@@ -28,6 +28,7 @@ class QwenEditEncode(io.ComfyNode):
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="The instruction and one or more pictures, as the model was trained to see them. Lists of pictures"
             " and prompts make a batch: one edit for each.",
+            search_aliases=["prompt", "instruction", "text encode", "image edit", "reference", "提示词", "指令"],
             is_input_list=True,
             inputs=[
                 io.Clip.Input("clip", tooltip="From Qwen Edit Loader or any loader of qwen_2.5_vl_7b."),

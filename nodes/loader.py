@@ -18,6 +18,7 @@ class QwenEditLoader(io.ComfyNode):
             category="Qwen Edit Fast",
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Loads Qwen-Image-Edit once and keeps it. Weights are read when they are first needed.",
+            search_aliases=["load model", "checkpoint", "gguf", "fp8", "int8", "2511", "2509"],
             inputs=[
                 io.Combo.Input(
                     "model",

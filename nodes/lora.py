@@ -59,6 +59,7 @@ class QwenEditLoraSwitch(io.ComfyNode):
             category="Qwen Edit Fast",
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Switches resident LoRAs on and off. Two branches with different LoRAs do not disturb each other.",
+            search_aliases=["lightning", "style", "load lora", "lora loader"],
             inputs=inputs,
             outputs=[io.Model.Output(display_name="MODEL")],
         )

@@ -76,9 +76,14 @@ class QwenEditSmartResize(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output(display_name="image", tooltip="The model picture."),
+                io.Image.Output(
+                    display_name="image",
+                    is_output_list=True,
+                    tooltip="The model picture; a batch as a list of pictures.",
+                ),
                 GeometryType.Output(
                     display_name="geometry",
+                    is_output_list=True,
                     tooltip="The way back, for Restore Size. It carries the source picture.",
                 ),
                 io.Int.Output(display_name="width", tooltip="Width of the model picture in pixels."),
@@ -97,9 +102,11 @@ class QwenEditSmartResize(io.ComfyNode):
             size = geo.target_by_longest_side(width, height, side)
         else:
             raise ValueError(f"[QE_INPUT] target: got {target!r}, expected one of {', '.join(TARGETS)}.")
-        geometry = dataclasses.replace(geo.plan(width, height, size, fit), source=image)
-        picture = geo.apply(geometry, rgb)
-        return io.NodeOutput(picture, geometry, *size, ui=ui.PreviewText(geometry.describe()))
+        plan = geo.plan(width, height, size, fit)
+        # Encode makes an edit of each picture of a batch; each then finds its own source on the way back.
+        geometries = [dataclasses.replace(plan, source=source) for source in image.split(1)]
+        pictures = list(geo.apply(plan, rgb).split(1))
+        return io.NodeOutput(pictures, geometries, *size, ui=ui.PreviewText(plan.describe()))
 
 
 class QwenEditRestoreSize(io.ComfyNode):

@@ -70,6 +70,7 @@ class QwenEditSampler(io.ComfyNode):
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="Makes the edit, by a step preset. Draft first, then high quality with the same seed: the"
             " prompt is not encoded again.",
+            search_aliases=["ksampler", "steps", "cfg", "lightning", "draft", "image edit"],
             inputs=[
                 io.Model.Input("model", tooltip="From Qwen Edit Loader, with or without LoRAs."),
                 io.Conditioning.Input("positive", tooltip="From Qwen Edit Encode."),
@@ -114,6 +115,7 @@ class QwenEditStepPreset(io.ComfyNode):
             has_intermediate_output=True,  # its report is shown again when it comes from the cache
             description="The presets of Qwen Edit Sampler for ComfyUI's own samplers: connect MODEL and either SIGMAS"
             " (SamplerCustom) or steps and cfg (KSampler with euler and simple).",
+            search_aliases=["ksampler", "sigmas", "scheduler", "shift", "lightning"],
             inputs=[
                 io.Model.Input("model", tooltip="From Qwen Edit Loader."),
                 io.Latent.Input("latent", tooltip="The schedule depends on the size of the picture."),

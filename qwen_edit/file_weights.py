@@ -43,6 +43,10 @@ class FileWeights(Resident):
         if data.data_ptr() == raw.data_ptr() and data.nbytes == stored.nbytes and data.is_contiguous():
             self._places[module] = _Place(stored, raw.data_ptr(), _identity(stored))
 
+    def forget(self, module: nn.Linear) -> None:
+        """From now on the module's weight is read where it lies: somebody writes into it."""
+        self._places.pop(module, None)
+
     @contextmanager
     def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> Iterator[None]:
         self._dtype = like.dtype

@@ -129,13 +129,17 @@ def is_vision_name(name: str) -> bool:
     return VISION_MARK in name.lower()
 
 
+def vision_files(language: Path) -> list[Path]:
+    """The files beside a GGUF file that may hold what sees pictures for it."""
+    beside = sorted(language.parent.iterdir())
+    return [p for p in beside if p.suffix.lower() == SUFFIX and is_vision_name(p.name) and p.is_file()]
+
+
 def _vision(language: Path, channels: int) -> tuple[Path, Parts]:
     """The mmproj file in the same folder that makes pictures into tokens of so many channels; of several one whose name
     contains that of the language model up to its format."""
     fitting, others = [], []
-    for path in sorted(language.parent.iterdir()):
-        if path.suffix.lower() != SUFFIX or not is_vision_name(path.name):
-            continue
+    for path in vision_files(language):
         try:
             parts = _parts(path, VISION)
         except ValueError as e:
@@ -160,6 +164,8 @@ def _parts(path: Path, architecture: str) -> Parts:
         belongs = transformers_name(key)
         if belongs is None:
             continue
+        if not entry["shape"]:
+            raise ValueError(f"{WEIGHTS} {path.name}: {key} has no dimensions. Download it again.")
         kind = BLOCK_TYPES.get(entry["dtype"])
         shape = tuple(entry["shape"]) if kind is None else packed_shape(entry["shape"], kind)
         dtype = FLOAT_DTYPES[entry["dtype"]] if kind is None else torch.uint8

@@ -53,11 +53,19 @@ class Defaults:
 
 @dataclass(frozen=True)
 class Item(Defaults):
-    """One edit. ``pictures`` are paths relative to the manifest's folder, ``line`` is where it stands (from 1)."""
+    """One edit. ``pictures`` are paths relative to the manifest's folder.
+
+    ``line`` is where it stands in the manifest, from 1; 0 for a picture of a folder, which has no lines.
+    """
 
     line: int = 0
     pictures: tuple[str, ...] = ()
     name: str = ""
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"line {self.line} ({self.name})" if self.line else ", ".join(self.pictures)
 
     def decides(self) -> list[Any]:
         """What the picture depends on besides the contents of its pictures."""
@@ -102,9 +110,8 @@ def read_manifest(path: Path, defaults: Defaults) -> list[Item | Refused]:
 
 
 def items_of_pictures(names: Iterable[str], defaults: Defaults) -> list[Item | Refused]:
-    """One item for each picture, with the same values for all; ``line`` counts them."""
-    rows = ((number, {"picture": name}) for number, name in enumerate(names, 1))
-    return [_item(line, row, defaults) for line, row in rows]
+    """One item for each picture of a folder, with the same values for all."""
+    return [_item(0, {"picture": name}, defaults) for name in names]
 
 
 def is_picture(name: str) -> bool:
@@ -196,7 +203,8 @@ def _item(line: int, row: Mapping[str, Any] | str, defaults: Defaults) -> Item |
         own = _text(row, "name") if _given(row, "name") else PurePosixPath(pictures[0].replace("\\", "/")).stem
         return Item(**vars(known), line=line, pictures=pictures, name=safe_name(own))
     except _Bad as error:
-        return Refused(line, pictures[0] if pictures else "", f"{INPUT} line {line}, {error}")
+        where = f"line {line}" if line else row["picture"]
+        return Refused(line, pictures[0] if pictures else "", f"{INPUT} {where}, {error}")
 
 
 def _given(row: Mapping[str, Any], key: str) -> bool:

@@ -78,8 +78,8 @@ class Staging:
 
     def close(self) -> None:
         """When the copies have ended, let go of everything. Nobody may be filling a slab."""
-        for copied, _ in self._leaving:
-            copied.synchronize()
+        if self._device.type == "cuda":  # where somebody stopped early, also those out of slabs not given back yet
+            torch.cuda.current_stream(self._device).synchronize()
         for slab in self._made:
             slab.unlock()
         self._leaving.clear()

@@ -204,7 +204,7 @@ class ManifestRun:
                 raise OSError("a name does not end as a picture's does")
             hashes = tuple(hash_bytes(path.read_bytes()) for path in paths)
         except (OSError, ValueError) as error:
-            return Refused(item.line, item.name, f"line {item.line} ({item.name}): a picture can't be read: {error}")
+            return Refused(item.line, item.name, f"{item.where}: a picture can't be read: {error}")
         return Task(item, paths, hashes, result_name(item, digest(item, hashes, self._identity)))
 
     def _chunk(self) -> list[Task]:
@@ -316,14 +316,16 @@ class ManifestRun:
     def fail(self, task: Task, why: str) -> None:
         """Count an item as failed."""
         item = task.item
-        self.summary.failed.append(Refused(item.line, item.name, f"line {item.line} ({item.name}): {why}"))
+        self.summary.failed.append(Refused(item.line, item.name, f"{item.where}: {why}"))
 
     def _recover(self, client: ComfyClient) -> None:
         """The server has gone: wait for it, take what it has finished, and put the rest of its queue back."""
         self._wait(client)
         for queued in self._queued:
             client.interrupt(queued.prompt_id)  # it is there still if only the connection was lost
-        lost = [task for queued in self._queued for task in queued.tasks if not (self._output / task.result).exists()]
+        settled = {bad.line for bad in self.summary.failed}
+        queued = [task for queued in self._queued for task in queued.tasks if task.item.line not in settled]
+        lost = [task for task in queued if not (self._output / task.result).exists()]
         left = [task for task in lost if not self._collect(client, task)]
         self._queued.clear()
         if left and not self._since_loss:

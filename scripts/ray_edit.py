@@ -144,7 +144,7 @@ class RayRun:
         call = self._under_way.pop(answer)
         try:
             self._take(call.tasks, ray.get(answer))
-        except (ray.exceptions.RayActorError, ray.exceptions.RayTaskError) as error:
+        except ray.exceptions.RayError as error:  # also of what was done, but lies on a machine that has gone
             if call.worker in self._alive:
                 self._check(call.worker).failed.append((call, str(error).splitlines()[-1]))
             else:

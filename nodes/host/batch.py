@@ -335,9 +335,9 @@ def _refused(item: Item, error: Exception, what: str) -> Refused:
     elif isinstance(error, ValueError) and str(error).startswith("[QE_"):
         why = str(error)
     else:
-        logging.info("Qwen Edit Fast: line %d", item.line, exc_info=error)
+        logging.info("Qwen Edit Fast: %s", item.where, exc_info=error)
         why = f"{INPUT} It can't be {what} ({type(error).__name__}); the log has more."
-    return Refused(item.line, item.name, f"line {item.line} ({item.name}): {why}")
+    return Refused(item.line, item.name, f"{item.where}: {why}")
 
 
 def _parameters(ready: Ready, settings: Settings, said: Sequence[str]) -> dict[str, Any]:

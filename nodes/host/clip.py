@@ -110,12 +110,14 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
     return shell_clip(FolderTextModel(folder, dtype), tokenizer, weights * dtype.itemsize, keep_on_card)
 
 
-def shell_clip(model: torch.nn.Module, tokenizer: Any, size: int, keep_on_card: bool) -> comfy.sd.CLIP:
+def shell_clip(
+    model: torch.nn.Module, tokenizer: Any, size: int, keep_on_card: bool, patcher: type[ShellPatcher] = ShellPatcher
+) -> comfy.sd.CLIP:
     """The CLIP of a shell (see ``memory.py``) of ``size`` bytes."""
     device = comfy.model_management.text_encoder_device()
     clip = comfy.sd.CLIP(no_init=True)
     clip.cond_stage_model, clip.tokenizer = model, tokenizer
-    clip.patcher = ShellPatcher(
+    clip.patcher = patcher(
         model,
         load_device=device,
         offload_device=device if keep_on_card else comfy.model_management.text_encoder_offload_device(),

@@ -13,7 +13,7 @@ from ...qwen_edit.attention_auto import TUNED_FILE
 from ...qwen_edit.checkpoints import is_edit_folder
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf import SUFFIX as GGUF
-from ...qwen_edit.gguf_encoder import is_vision_name
+from ...qwen_edit.gguf_encoder import is_vision_name, vision_files
 
 PACK = Path(__file__).resolve().parents[2]
 DEMO = PACK / "demo_model"
@@ -116,6 +116,8 @@ def fingerprint_of(path_of: Callable[[str], Path], names: Iterable[str]) -> tupl
         try:
             path = path_of(name)
             files = sorted(path.glob("*/*")) if path.is_dir() else [path]
+            if path.suffix.lower() == GGUF:
+                files += vision_files(path)  # of a text encoder
             stats = [file.stat() for file in files]
             result.append((name, *((stat.st_size, stat.st_mtime_ns) for stat in stats)))
         except (ValueError, OSError):  # execute reports it

@@ -11,8 +11,10 @@ from comfy.text_encoders.qwen_image import QwenImageTEModel, QwenImageTokenizer
 from torch import nn
 
 from ...qwen_edit.blocks import BlockType, dequantize, packed_shape
+from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf_encoder import EncoderSource, check_encoder, encoder_source, read_encoder
 from .clip import shell_clip
+from .memory import ShellPatcher
 
 
 class _Packed:
@@ -76,7 +78,6 @@ class GgufTextModel(QwenImageTEModel):
         super().__init__(device="meta", dtype=torch.float32, model_options={"custom_operations": PackedOps})
         self.source = source
         self.device: torch.device | None = None
-        self._encoder: nn.Module = self.qwen25_7b.transformer
         names = {name: tensor.shape for name, tensor in self._encoder.state_dict().items()}
         check_encoder(source, names)
         self._names = tuple(names)
@@ -89,16 +90,35 @@ class GgufTextModel(QwenImageTEModel):
                 self._packed.append(weight)
 
     @property
+    def _encoder(self) -> nn.Module:  # an attribute would be a second module of the same weights
+        return self.qwen25_7b.transformer
+
+    @property
     def is_empty(self) -> bool:
         return next(self._encoder.parameters()).is_meta
 
     def fill(self, device: torch.device) -> None:
-        for name, tensor in read_encoder(self.source, self._names, self._packed, device):
-            module, _, parameter = name.rpartition(".")
-            setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
+        try:
+            for name, tensor in read_encoder(self.source, self._names, self._packed, device):
+                module, _, parameter = name.rpartition(".")
+                setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
+        except BaseException:  # half of them are no encoder: the next load reads all
+            self.empty()
+            raise
 
     def empty(self) -> None:
         self._encoder.to("meta")
+
+
+class GgufPatcher(ShellPatcher):
+    """A shell's, for weights in blocks, which ComfyUI's saving nodes would write as the bytes that they are."""
+
+    def model_state_dict_for_saving(self, model=None, prefix=""):
+        """
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"{INPUT} A text encoder in GGUF can't be saved. Copy its two files instead.")
 
 
 def load_gguf_clip(language: Path, keep_on_card: bool = False) -> comfy.sd.CLIP:
@@ -112,4 +132,4 @@ def load_gguf_clip(language: Path, keep_on_card: bool = False) -> comfy.sd.CLIP:
     """
     source = encoder_source(language)
     tokenizer = QwenImageTokenizer(embedding_directory=folder_paths.get_folder_paths("embeddings"))
-    return shell_clip(GgufTextModel(source), tokenizer, source.nbytes, keep_on_card)
+    return shell_clip(GgufTextModel(source), tokenizer, source.nbytes, keep_on_card, GgufPatcher)

@@ -23,6 +23,7 @@ from ...qwen_edit.checkpoints import (
 from ...qwen_edit.doctor import Finding, ModelFacts, examine_model, examine_vae
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.gguf import SUFFIX as GGUF
+from ...qwen_edit.gguf_encoder import vision_files
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.packed import PACKED
 from ...qwen_edit.precision import (
@@ -135,7 +136,10 @@ def _companions(request: LoadRequest, path: Path) -> tuple[Path | None, Path]:
 
 
 def _files(path: Path, component: str) -> list[Path]:
-    return weight_files(path / component) if path.is_dir() else [path]
+    """What a component is read from, and what decides where."""
+    if path.is_dir():
+        return weight_files(path / component)
+    return [path, *vision_files(path)] if path.suffix.lower() == GGUF else [path]
 
 
 def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None, vae_path: Path) -> Loaded:

@@ -11,6 +11,7 @@ from comfy.model_patcher import LowVramPatch
 from comfy.patcher_extension import CallbacksMP
 
 from ...qwen_edit.errors import INPUT
+from ...qwen_edit.file_weights import FileWeights
 from ...qwen_edit.linear import pack
 from ...qwen_edit.packed import PackedLinear, unpatch
 from ...qwen_edit.quantize import is_modulation, stored_bytes
@@ -226,6 +227,13 @@ class TransformerPatcher(ShellPatcher):
         # a LoRA on conditioning changes weights in the middle of a sampling, each time to what has no name
         version = self.model.current_weight_patches_uuid if hooks is None else object()
         self.model.diffusion_model.weights_version = version
+
+    def patch_hook_weight_to_device(self, hooks, combined_patches, key, *args, **kwargs):
+        """ComfyUI's, which writes into the weight itself: it is no longer what its file holds."""
+        weights = self.model.diffusion_model.weights
+        if is_modulation(key) and isinstance(weights, FileWeights):
+            weights.forget(comfy.utils.get_attr(self.model, key.rpartition(".")[0]))
+        super().patch_hook_weight_to_device(hooks, combined_patches, key, *args, **kwargs)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
         if self.hook_backup:

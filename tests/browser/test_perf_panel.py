@@ -127,6 +127,10 @@ def test_the_panel_speaks_chinese(browser: Browser, tmp_path):
         )
         browser.screenshot(tmp_path / "panel_zh.png")
         assert browser.problems() == []
+        queue(browser, seed=4, steps=60)
+        browser.wait(f"return {PANEL}.querySelector('.now')?.textContent.includes('60')", 60)
+        browser.js("await app.api.interrupt()")
+        browser.wait(f"return {PANEL}.querySelector('.advice')?.textContent.includes('（已取消）')", 60)
     finally:
         browser.set("Comfy.Locale", "en")
         browser.open()

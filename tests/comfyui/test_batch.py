@@ -105,6 +105,14 @@ def test_bad_items_are_named_and_skipped(client, server):
     assert str(server.work) not in json.dumps(result.outputs)
 
 
+def test_a_bad_picture_of_a_folder_is_named_by_its_file(client, server):
+    put_pictures(server, "bad_folder", "good.png")
+    (server.input / "bad_folder" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100))
+    result = client.run(batch_graph("bad_folder", "bad_folder"), timeout_s=120)
+    assert "\nbroken.png: [QE_INPUT] It can't be read" in report(result)
+    assert "line" not in report(result)
+
+
 def test_a_run_goes_on_where_it_was(client, server):
     names = [f"{number}.png" for number in range(4)]
     put_pictures(server, "on", *names)

@@ -98,6 +98,25 @@ def test_a_list_of_pictures_of_different_sizes_is_an_edit_of_each(client, graph,
         assert np.array_equal(one, other)
 
 
+def test_a_batch_goes_through_smart_resize_and_back_each_to_its_own_source(client, graph, good):
+    """As an animated picture in Load Image, or ComfyUI's Batch Images. A mask of nothing leaves the sources as they are."""
+    batch = with_picture(graph, "2,40,72,3", "ramp")
+    batch["resize"] = node(
+        "QwenEditSmartResize", image=["odd", 0], target="longest side", megapixels=1.0, longest_side=64, fit="crop"
+    )
+    batch["nothing"] = node("SolidMask", value=0.0, width=72, height=40)
+    batch["back"] = node(
+        "QwenEditRestoreSize", image=["decode", 0], geometry=["resize", 1], mask=["nothing", 0], feather=0
+    )
+    batch = changed(batch, "encode", **{"pictures.picture_1": ["resize", 0]})
+    restored = client.arrays(run_fresh(client, changed(batch, "save", images=["back", 0])))
+    sources = client.arrays(run_fresh(client, changed(batch, "save", images=["odd", 0])))
+    assert len(restored) == len(sources) == 2
+    for back, source in zip(restored, sources, strict=True):
+        assert np.array_equal(back, source)
+    assert not np.array_equal(*sources)
+
+
 def test_a_side_of_20000_pixels_is_reduced_before_the_vae(host):
     """What Encode gives the VAE, for result and reference. Encoding as much for real takes 9 GiB on a CPU."""
     found = run_in_comfyui(

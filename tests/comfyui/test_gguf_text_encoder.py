@@ -136,7 +136,31 @@ def encoded():
     result["dropped"] = clip.cond_stage_model.is_empty
     PromptServer.instance.prompt_queue.currently_running = True
     result["again"] = bool(torch.equal(clip.encode_from_tokens(tokens), found[1]))
+
+    PromptServer.instance.prompt_queue.currently_running = False
+    comfy.model_management.unload_all_models()
+    PromptServer.instance.prompt_queue.currently_running = True
+    whole = WORDS.rename(FOLDER / "whole")
+    WORDS.write_bytes(whole.read_bytes()[:-65_536])
+    try:
+        clip.encode_from_tokens(tokens)
+        result["cut off"] = False
+    except (OSError, RuntimeError):
+        result["cut off"] = clip.cond_stage_model.is_empty
+    whole.replace(WORDS)
+    result["whole again"] = bool(torch.equal(clip.encode_from_tokens(tokens), found[1]))
+
+    try:
+        clip.state_dict_for_saving()
+    except ValueError as e:
+        result["saving"] = str(e)
+    result["names"] = clip.get_sd().keys() == native.get_sd().keys()
+
     folder_paths.add_model_folder_path("text_encoders", str(FOLDER))
+    before = folders.fingerprint_of(folders.text_encoder_path, [WORDS.name]), loading.fingerprint(loading._files(WORDS, "text_encoder"))
+    SEES.touch()
+    after = folders.fingerprint_of(folders.text_encoder_path, [WORDS.name]), loading.fingerprint(loading._files(WORDS, "text_encoder"))
+    result["another vision file"] = [a != b for a, b in zip(after, before, strict=True)]
     result["offered"] = [name for name in folders.text_encoders() if name.endswith(".gguf")]
     assert folders.text_encoder_path(WORDS.name) == WORDS
     return result
@@ -161,6 +185,8 @@ def faults():
     messages["cut off"] = refused()
     gguf_files.write(WORDS, {"blk.0.attn_q.weight": torch.zeros(64, 64)}, lambda *_: "F16", architecture="llama")
     messages["llama"] = refused()
+    gguf_files.write(WORDS, {"token_embd.weight": torch.tensor(1.0)}, lambda *_: "F32", architecture="qwen2vl")
+    messages["no dimensions"] = refused()
     return messages
 
 
@@ -186,6 +212,10 @@ def test_encodes_as_comfyui_with_the_same_weights(results):
     assert 0.9 * files < ours <= files
     assert result["patched"] < 0.01  # a patched weight becomes bfloat16
     assert (result["restored"], result["dropped"], result["again"]) == (True, True, True)
+    assert (result["cut off"], result["whole again"]) == (True, True)
+    assert result["another vision file"] == [True, True]  # to the node, and to what it keeps
+    assert result["saving"].startswith("[QE_INPUT] A text encoder in GGUF can't be saved.")
+    assert result["names"]
     assert result["offered"] == ["Qwen2.5-VL-7B-Instruct-Q4_K_M.gguf"]
 
 
@@ -196,4 +226,5 @@ def test_what_is_refused(results):
     assert "is not beside it. Download that of Qwen2.5-VL 7B" in messages["nothing"]
     assert "mmproj-F16.gguf is of another model" in messages["another"]
     assert "download was cut off" in messages["cut off"]
+    assert "token_embd.weight has no dimensions" in messages["no dimensions"]
     assert "found the architecture 'llama', this needs the text encoder" in messages["llama"]

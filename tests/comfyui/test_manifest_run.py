@@ -1,5 +1,6 @@
 """scripts/queue_edit.py --manifest on the real server: results, its own restart, bad items, and a poisonous one."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,10 +12,10 @@ import pytest
 from array_client import from_file, to_png
 from bad_line import CUT, BadLine
 from batches import batch_graph
-from comfy_client import ComfyError, PromptLost
+from comfy_client import ComfyClient, ComfyError, PromptLost
 from comfy_host import REPO
 from edits import edited, picture, small_edit
-from manifest_run import LOSSES, ManifestRun
+from manifest_run import LOSSES, ManifestRun, Queued
 
 from qwen_edit.manifest import hash_bytes
 
@@ -154,6 +155,17 @@ def test_what_a_server_says_about_no_item_ends_the_run(server, manifest, tmp_pat
             run.run(line.url)
     assert line.wrong == {"no": 1}
     assert not [bad for bad in run.summary.failed if bad.name != "gone"]
+
+
+def test_an_item_that_was_given_up_is_not_begun_again_after_an_outage(server, manifest, tmp_path):
+    """Its result could not be downloaded, and then the server went away in the middle of the chunk."""
+    run = ManifestRun(batch_graph("", "given up"), manifest, tmp_path / "out")
+    given_up, other = itertools.islice(run.plan(), 2)
+    run._queued.append(Queued("a prompt that is lost", [given_up, other]))
+    run.fail(given_up, "the connection broke off")
+    with ComfyClient(server.url) as client:
+        run._recover(client)
+    assert list(run._again) == [other]
 
 
 def test_an_item_that_stands_there_twice_shares_what_came_of_the_first(server, tmp_path):

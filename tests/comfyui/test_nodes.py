@@ -119,6 +119,22 @@ def test_the_rule_of_appending_catches_breaks(node_id, change, said):
     assert (problems == []) if said is None else any(said in p for p in problems)
 
 
+@pytest.mark.parametrize(
+    ("word", "node_id"),
+    [
+        ("fast", "QwenEditAccelerate"),
+        ("folder", "QwenEditBatch"),
+        ("gguf", "QwenEditLoader"),
+        ("lightning", "QwenEditLoraSwitch"),
+        ("提示词", "QwenEditEncode"),
+        ("ksampler", "QwenEditSampler"),
+        ("scheduler", "QwenEditStepPreset"),
+    ],
+)
+def test_the_node_search_finds_a_node_by_what_it_is_for(client, word, node_id):
+    assert word in client.get("/object_info")[node_id]["search_aliases"]
+
+
 def test_every_input_has_a_tooltip_and_every_node_a_description(client):
     for name, info in client.get("/object_info").items():
         if name.startswith("QwenEdit"):

@@ -187,6 +187,23 @@ def test_an_item_that_kills_its_worker_is_the_only_one_to_blame(finished):
     assert any("alone" in bad.reason for bad in summary.failed)
 
 
+def test_what_a_lost_machine_had_ready_is_made_again(finished, monkeypatch):
+    """Results lie where they were made until they are fetched; Ray then says that they are lost, and not the worker."""
+    lost, get = [], ray.get
+
+    def get_later(answer):
+        delivered = get(answer)
+        if isinstance(delivered, Delivered) and not lost:
+            lost.append(answer)
+            raise ray.exceptions.ObjectLostError(answer.hex(), "", "")
+        return delivered
+
+    monkeypatch.setattr(ray, "get", get_later)
+    summary = finished(Working)
+    assert lost
+    assert (summary.written, len(summary.failed)) == (19, 1)
+
+
 def test_a_run_without_workers_ends_and_blames_no_item(finished, tmp_path):
     with pytest.raises(JobError, match=r"No worker is left.*no card"):
         finished(Gone, Gone)

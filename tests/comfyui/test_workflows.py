@@ -262,6 +262,16 @@ def test_nodes_of_a_template_do_not_overlap(name: str):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
+def test_texts_of_a_template_are_drawn_when_it_opens(name: str):
+    """The page then zooms to the whole graph, and draws no texts below 57 %: what fits is for a screen of 1920×1080."""
+    nodes = TEMPLATES[name]["nodes"]
+    left, top = (min(node["pos"][axis] for node in nodes) for axis in (0, 1))
+    right, bottom = (max(node["pos"][axis] + node["size"][axis] for node in nodes) for axis in (0, 1))
+    assert right - left <= 2500
+    assert bottom - top <= 1230
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_template_has_a_thumbnail(name: str):
     path: Path = REPO / "workflows" / f"{name}.jpg"
     assert path.is_file(), "scripts/make_thumbnails.py makes the thumbnails."

@@ -91,6 +91,10 @@ function stageBar(run, longest) {
   return bar;
 }
 
+// Of the values only a run's status is a word.
+const adviceText = ({ code, values }) =>
+  t(`advice.${code}`, values.status ? { ...values, status: t(values.status) } : values);
+
 const stageText = (run, name) => `${t(`stages.${name}`)} ${time(run.stages[name].ms)}`;
 
 function legend(run) {
@@ -204,7 +208,7 @@ function details(run) {
       make("span", { class: "dim", "data-state": run.status }, state.join(" · ")),
     ),
     going && last ? make("div", { class: "dim now" }, `${title(last)}${at}`) : null,
-    run.advice ? make("div", { class: "advice" }, t(`advice.${run.advice.code}`, run.advice.values)) : null,
+    run.advice ? make("div", { class: "advice" }, adviceText(run.advice)) : null,
     stageBar(run, work(run)),
     legend(run),
     stepBars(run),
