@@ -1,6 +1,6 @@
 """QwenEditAccelerate: the fast forward for a MODEL from any loader."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
 from ..qwen_edit.needs import explained_imports
@@ -35,5 +35,5 @@ class QwenEditAccelerate(io.ComfyNode):
         with explained_imports():  # they bring diffusers: only when a node runs
             from .host.accelerate import accelerate
 
-        accelerated, lines = accelerate(model, attention)
-        return io.NodeOutput(accelerated, ui=ui.PreviewText("\n".join(lines)))
+        accelerated, report = accelerate(model, attention)
+        return io.NodeOutput(accelerated, ui=report)

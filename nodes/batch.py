@@ -165,7 +165,7 @@ class QwenEditBatch(io.ComfyNode):
         if clip is None:
             raise ValueError(f"{INPUT} There is no CLIP: its loader loads no text encoder. Choose one there.")
         from .host import batch, batch_files, sampling  # brings diffusers: only when a node runs
-        from .host.doctor import report
+        from .host.doctor import Report, report
         from .host.vae import vae_facts
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
@@ -184,8 +184,7 @@ class QwenEditBatch(io.ComfyNode):
         )
         tally = batch.Batch(model, clip, vae, settings, base, folder).run(items)
         text = tally.report(len(items))
-        shown = {
-            "text": ("\n".join([summary(recipe), *findings, text]),),
+        shown = Report([summary(recipe), *findings, text]).as_dict() | {
             "images": batch_files.shown(folder, tally.latest),
             "failed": [{"line": bad.line, "reason": bad.reason} for bad in tally.failed],
         }

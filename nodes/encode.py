@@ -1,10 +1,10 @@
 """QwenEditEncode: instruction and pictures to conditioning, reference latents and an empty LATENT."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qwen_edit.doctor import examine_vae
 from ..qwen_edit.errors import INPUT
-from .host.doctor import report
+from .host.doctor import Report, report
 from .host.encoding import (
     MAX_PICTURES,
     MAX_SIDE,
@@ -115,7 +115,7 @@ class QwenEditEncode(io.ComfyNode):
             notes += [f"{number}: {note}" for note in said] if len(columns["prompt"]) > 1 else said
         leave_card(clip[0])
         positive, negative_out, latent = (list(column) for column in zip(*results, strict=True))
-        return io.NodeOutput(positive, negative_out, latent, ui=ui.PreviewText("\n".join(notes)))
+        return io.NodeOutput(positive, negative_out, latent, ui=Report(notes))
 
 
 def _in_order(pictures: dict) -> list[tuple[str, list]]:

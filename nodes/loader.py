@@ -1,6 +1,6 @@
 """QwenEditLoader: a diffusers folder, or ComfyUI's single files and checkpoints, as MODEL, CLIP and VAE."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qwen_edit.attention import CHOICES as ATTENTION
 from ..qwen_edit.needs import explained_imports
@@ -106,12 +106,12 @@ class QwenEditLoader(io.ComfyNode):
         model_version="auto",
     ) -> io.NodeOutput:
         with explained_imports():  # they bring diffusers: only when a node runs
-            from .host.doctor import report
+            from .host.doctor import Report, report
             from .host.loading import load
 
         loaded = load(LoadRequest(model, text_encoder, vae, profile, precision, attention, offload, model_version))
         lines = [*loaded.notes[:1], *report(loaded.findings), *loaded.notes[1:]]
-        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=ui.PreviewText("\n".join(lines)))
+        return io.NodeOutput(loaded.model, loaded.clip, loaded.vae, ui=Report(lines, loaded.facts))
 
     @classmethod
     def fingerprint_inputs(cls, model, text_encoder, vae, **_):

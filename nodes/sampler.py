@@ -1,10 +1,11 @@
 """QwenEditSampler and QwenEditStepPreset: one edit by a step preset."""
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from ..qwen_edit.errors import INPUT
 from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, is_number, recipe_for
+from .host.doctor import Report
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
 
@@ -101,7 +102,7 @@ class QwenEditSampler(io.ComfyNode):
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = sampling.examine(model, recipe)
         result = sampling.sample(model, positive, negative, latent, recipe, seed)
-        return io.NodeOutput(result, ui=ui.PreviewText("\n".join([summary(recipe), *findings])))
+        return io.NodeOutput(result, ui=Report([summary(recipe), *findings]))
 
 
 class QwenEditStepPreset(io.ComfyNode):
@@ -137,5 +138,5 @@ class QwenEditStepPreset(io.ComfyNode):
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = sampling.examine(model, recipe)
         prepared, sigmas = sampling.apply_recipe(model, latent, recipe)
-        text = "\n".join([summary(recipe), *findings])
-        return io.NodeOutput(prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=ui.PreviewText(text))
+        report = Report([summary(recipe), *findings])
+        return io.NodeOutput(prepared, sigmas, recipe.steps, recipe.true_cfg_scale, ui=report)

@@ -6,6 +6,7 @@ from ..qwen_edit.chart_style import NO_MATPLOTLIB, THEMES, note_picture
 from ..qwen_edit.errors import INPUT
 from ..qwen_edit.sweep import as_json, parse_sweep, sentence, sweep_table
 from ..qwen_edit.sweep_chart import contact_sheet, draw_sweep
+from .host.doctor import Report
 from .pictures import as_image
 from .sampler import MAX_SEED, preset_input, recipe_overrides
 
@@ -74,7 +75,7 @@ class QwenEditStepSweep(io.ComfyNode):
         from .host import sampling, sweeping  # brings diffusers: only when a node runs
 
         points = parse_sweep(sweep, preset, true_cfg_scale, shift)
-        findings = list(dict.fromkeys(line for point in points for line in sampling.examine(model, point.recipe)))
+        findings = dict.fromkeys(found for point in points for found in sampling.examine(model, point.recipe))
         outcomes, reference, knee, pictures = sweeping.sweep(model, positive, negative, latent, vae, points, seed)
         made = [(picture, one) for picture, one in zip(pictures, outcomes, strict=True) if picture is not None]
         labels = [f"{one.name}, {one.seconds:.1f} s" for _, one in made]
@@ -86,7 +87,7 @@ class QwenEditStepSweep(io.ComfyNode):
         except ImportError:
             chart = as_image(note_picture(NO_MATPLOTLIB))
             shown.append(NO_MATPLOTLIB)
-        on_node = ui.PreviewImage(chart, cls=cls).as_dict() | ui.PreviewText("\n".join(shown)).as_dict()
+        on_node = ui.PreviewImage(chart, cls=cls).as_dict() | Report(shown).as_dict()
         on_node["sweep"] = (as_json(outcomes, reference, knee),)
         table = sweep_table(outcomes, reference, knee)
         return io.NodeOutput(chart, sheet, table, torch.cat([picture for picture, _ in made]), ui=on_node)

@@ -21,7 +21,7 @@ from template_layouts import LAYOUTS
 WORKFLOWS = REPO / "workflows"
 ARRANGE = """
 const [note, groups, below] = args;
-const WIDTH = {QwenEditLoader: 320, QwenEditSampler: 300, QwenEditStepPreset: 300, LoadImage: 300, QwenEditEncode: 400,
+const WIDTH = {QwenEditLoader: 320, QwenEditSampler: 360, QwenEditStepPreset: 360, LoadImage: 300, QwenEditEncode: 400,
                QwenEditSmartResize: 320, QwenEditBatch: 420, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380,
                QwenEditPerfReport: 480, QwenEditStepSweep: 480, PreviewAny: 400, SaveImage: 340, PreviewImage: 340,
                ImageCompare: 360, PrimitiveStringMultiline: 320, UNETLoader: 330};

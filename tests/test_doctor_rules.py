@@ -1,6 +1,8 @@
 """Every rule of the doctor finds what it is for, and nothing in a sound edit."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -179,3 +181,11 @@ def test_paths_are_cut_down_to_file_names(text, public):
 
 def test_known_folders_with_spaces_are_cut_too():
     assert without_paths("file /home/my models/user/a.json", "/home/my models/user/") == "file a.json"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_finding_has_a_name_for_the_page(language: str):
+    texts = Path(__file__).resolve().parents[1] / "locales" / language / "main.json"
+    names = json.loads(texts.read_text("utf-8"))["qwenEditFast"]["findings"]
+    assert names.keys() == MODEL_CASES.keys() | RUN_CASES.keys() | VAE_CASES.keys()
+    assert all(names.values())

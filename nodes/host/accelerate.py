@@ -26,7 +26,7 @@ from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward
 from . import folders, notes
-from .doctor import keep_facts, report
+from .doctor import Report, keep_facts, report
 from .facts import native_model_facts
 from .forward import run_forward
 from .lora import LoraTarget, active_adapters, modulation_key
@@ -40,7 +40,7 @@ _TABLES: WeakKeyDictionary[torch.nn.Module, ModulationCache] = WeakKeyDictionary
 
 
 def accelerate(model, attention: str):
-    """A clone of ``model`` with our forward, and lines that say what will run.
+    """A clone of ``model`` with our forward, and the report that says what will run.
 
     Raises:
         ValueError: a MODEL of another family, or an attention that is not offered.
@@ -49,7 +49,7 @@ def accelerate(model, attention: str):
         raise ValueError(f"{INPUT} attention is {attention!r}; it must be one of {', '.join(CHOICES)}.")
     transformer = model.get_model_object("diffusion_model")
     if isinstance(transformer, HostTransformer):
-        return model, ["This MODEL comes from QwenEditLoader and has the fast forward already."]
+        return model, Report(["This MODEL comes from QwenEditLoader and has the fast forward already."])
     if type(transformer) is not QwenImageTransformer2DModel:  # a subclass of another pack has a forward of its own
         raise ValueError(
             f"{INPUT} This MODEL holds {type(transformer).__name__}. QwenEditAccelerate is for Qwen-Image and"
@@ -71,7 +71,8 @@ def accelerate(model, attention: str):
     )
     facts = native_model_facts(dtype, transformer.default_ref_method == REFERENCE_TIMESTEP_ZERO, choice, kernels)
     keep_facts(model.model, facts)
-    return clone, [_summary(dtype, form, activations, choice, kernels), *report(examine_model(facts))]
+    lines = [_summary(dtype, form, activations, choice, kernels), *report(examine_model(facts))]
+    return clone, Report(lines, facts)
 
 
 def lora_target(model) -> LoraTarget:

@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import asdict
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -15,6 +16,7 @@ import folder_paths
 import torch
 from aiohttp import web
 from comfy.cli_args import args
+from comfy_api.latest import ui
 from comfy_execution.utils import get_executing_context
 from comfyui_version import __version__ as comfyui_version
 from server import PromptServer
@@ -32,8 +34,26 @@ _PROMPTS: OrderedDict[str, dict[Finding, str]] = OrderedDict()  # prompt id -> f
 _MODELS: WeakKeyDictionary[torch.nn.Module, ModelFacts] = WeakKeyDictionary()
 
 
-def report(findings: Iterable[Finding], unseen: Iterable[Finding] = ()) -> list[str]:
-    """Lines for the node that is being executed, shown at once, while it still runs.
+class Report(ui.PreviewText):
+    """What a node shows after it ran: its lines, and beside them what the page has words of its own for, in the language of
+    the user: the findings among them, and what was chosen to run.
+
+    Args:
+        facts: of the model that the node chose how to run.
+    """
+
+    def __init__(self, lines: Iterable[str | Finding], facts: ModelFacts | None = None):
+        lines = list(lines)
+        super().__init__("\n".join(line.line if isinstance(line, Finding) else line for line in lines))
+        self._findings = [asdict(line) for line in lines if isinstance(line, Finding)]
+        self._chosen = [] if facts is None else [f"{facts.version} · {facts.precision} · {facts.attention}"]
+
+    def as_dict(self) -> dict:
+        return super().as_dict() | {"findings": self._findings, "chosen": self._chosen}
+
+
+def report(findings: Iterable[Finding], unseen: Iterable[Finding] = ()) -> list[Finding]:
+    """The findings, for the ``Report`` of the node that is being executed; shown at once, while it still runs.
 
     Args:
         unseen: findings that another node shows; kept under this node if the other did not run in this prompt.
@@ -51,10 +71,9 @@ def report(findings: Iterable[Finding], unseen: Iterable[Finding] = ()) -> list[
     for finding in new:
         level = logging.WARNING if finding.severity == "warning" else logging.INFO
         logging.log(level, "Qwen Edit Fast: %s", finding.line)
-    lines = [finding.line for finding in findings]
-    if lines and context is not None:
-        PromptServer.instance.send_progress_text("\n".join(lines), node)
-    return lines
+    if findings and context is not None:
+        PromptServer.instance.send_progress_text("\n".join(finding.line for finding in findings), node)
+    return findings
 
 
 def keep_facts(model: torch.nn.Module, facts: ModelFacts) -> None:

@@ -20,7 +20,7 @@ from ...qwen_edit.checkpoints import (
     transformer_from_folder,
     weight_files,
 )
-from ...qwen_edit.doctor import Finding, examine_model, examine_vae
+from ...qwen_edit.doctor import Finding, ModelFacts, examine_model, examine_vae
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.gguf import SUFFIX as GGUF
 from ...qwen_edit.gguf_encoder import vision_files
@@ -55,13 +55,14 @@ ENCODER_PREFIX, VAE_PREFIX = "text_encoders.", "vae."
 @dataclass(frozen=True)
 class Loaded:
     """What the loader hands out; ``notes`` are shown on the node, and after the first of them the ``findings``. Without a
-    ``clip`` another node brings one."""
+    ``clip`` another node brings one. ``facts`` are those of the model."""
 
     model: ShellPatcher
     clip: comfy.sd.CLIP | None
     vae: comfy.sd.VAE
     notes: tuple[str, ...]
     findings: tuple[Finding, ...]
+    facts: ModelFacts
 
     @property
     def nbytes(self) -> int:
@@ -163,7 +164,7 @@ def _make(request: LoadRequest, source: TransformerSource, encoder: Path | None,
     if clip is not None and encoder is not None and not encoder.is_dir() and ask_for_bfloat16(clip):
         notes.append("The text encoder computes in bf16, as in the official pipeline; with other encode nodes in fp32.")
     notes += _streaming_notes(request, model, device)
-    return Loaded(model, clip, vae, tuple(notes), findings)
+    return Loaded(model, clip, vae, tuple(notes), findings, facts)
 
 
 def _replaces_own_statistics(source: TransformerSource, vae: Path) -> bool:

@@ -11,7 +11,7 @@ import torch
 from comfy_extras.nodes_cfg import CFGNorm
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
-from ...qwen_edit.doctor import examine_model, examine_run
+from ...qwen_edit.doctor import Finding, examine_model, examine_run
 from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.finite import all_finite
 from ...qwen_edit.perf import record_step
@@ -23,8 +23,8 @@ from .model import HostTransformer, with_positions
 from .status import count
 
 
-def examine(model, recipe: Recipe) -> list[str]:
-    """The doctor's lines for the node that samples by this recipe, or prepares it.
+def examine(model, recipe: Recipe) -> list[Finding]:
+    """The doctor's findings for the node that samples by this recipe, or prepares it.
 
     Raises:
         ValueError: the MODEL is of another family.

@@ -1,8 +1,11 @@
 """One Chromium on one fresh ComfyUI, on the CPU, for all browser tests.
 
-The server is not the one of the server tests: its input folder must be empty and its settings are changed.
+The server is not the one of the server tests: its input folder must be empty and its settings are changed. The variable
+QWEN_EDIT_FRONT_END names the folder of another version of ComfyUI's page, such as `comfyui_frontend_package/static` of a
+wheel that was unpacked.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +26,10 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
             raise HostError("The browser tests need a ComfyUI: run scripts/run_tests.py, or set COMFYUI_PATH.")
         check_imports(Path(sys.executable), comfyui)
         host = Host(Path(sys.executable), comfyui)
+        page = os.environ.get("QWEN_EDIT_FRONT_END")
+        extra = ["--front-end-root", page] if page else []
         with (
-            ComfyServer(host, tmp_path_factory.mktemp("comfyui_browser"), cpu=True, with_parent=True) as server,
+            ComfyServer(host, tmp_path_factory.mktemp("comfyui_browser"), extra, cpu=True, with_parent=True) as server,
             Browser(server.url) as opened,
         ):
             opened.set("Comfy.Execution.PreviewMethod", "latent2rgb")

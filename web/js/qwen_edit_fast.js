@@ -3,9 +3,11 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { showMarks } from "./marks.js";
+import { text } from "./texts.js";
 
 const REPORT = "report";
-const LINE_HEIGHT = 15;
+const lineHeight = () => (LiteGraph.vueNodesMode ? 15 : 12);
 const CHARACTER_WIDTH = 6;
 const PADDING = 26;
 const EXAMPLES = ["astronaut", "cat", "coffee", "rocket"].map((name) => `qwen_edit_${name}.png`);
@@ -15,10 +17,11 @@ function reportWidget(node) {
   const existing = node.widgets?.find((widget) => widget.name === REPORT);
   if (existing) return existing;
   const { widget } = app.widgets.STRING(node, REPORT, ["STRING", { multiline: true }], app);
+  widget.label = text("report");
   widget.serialize = false; // not in the saved workflow
   widget.options.serialize = false; // not in what is queued
   widget.options.read_only = true;
-  widget.options.getMinHeight = () => widget.reportHeight ?? LINE_HEIGHT + PADDING;
+  widget.options.getMinHeight = () => widget.reportHeight ?? lineHeight() + PADDING;
   widget.options.getMaxHeight = widget.options.getMinHeight;
   const element = widget.element ?? widget.inputEl;
   if (element) {
@@ -29,24 +32,30 @@ function reportWidget(node) {
 }
 
 function showReport(node, lines) {
-  const text = [lines].flat().filter(Boolean).join("\n");
-  if (!text && !node.widgets?.some((widget) => widget.name === REPORT)) return;
+  const said = [lines].flat().filter(Boolean).join("\n");
+  if (!said && !node.widgets?.some((widget) => widget.name === REPORT)) return;
   const widget = reportWidget(node);
-  widget.value = text;
-  const table = text.includes("  "); // columns are lined up with spaces
+  widget.value = said;
+  const table = said.includes("  "); // columns are lined up with spaces
   const element = widget.element ?? widget.inputEl;
   if (element) {
     element.style.fontFamily = table ? "monospace" : "";
     element.style.whiteSpace = table ? "pre" : "";
   }
   const columns = Math.max(20, (node.size[0] - 40) / CHARACTER_WIDTH);
-  const rows = text
+  const rows = said
     .split("\n")
     .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(line.length / columns))), 0);
-  widget.reportHeight = rows * LINE_HEIGHT + PADDING;
+  widget.reportHeight = rows * lineHeight() + PADDING;
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
   app.graph.setDirtyCanvas(true, true);
+}
+
+// What ComfyUI's page shows of a node that runs, and some versions of it ever after: the report has it too.
+function removeProgressText(node) {
+  const widget = node.widgets.find((one) => one.name === "$$node-text-preview");
+  if (widget) node.removeWidget(widget);
 }
 
 // The templates edit pictures that come with the pack. Load Image reads from ComfyUI's input folder, so a
@@ -69,7 +78,10 @@ app.registerExtension({
     const onExecuted = node.onExecuted;
     node.onExecuted = function (output) {
       onExecuted?.apply(this, arguments);
-      showReport(this, output?.text ?? []);
+      showMarks(this, output);
+      removeProgressText(this);
+      // Why it went on in another way than asked for: said while it ran, and not in what it returns.
+      showReport(this, [output?.text, this.qwenEditSaid].flat());
     };
   },
 

@@ -1,0 +1,20 @@
+// The words of the nodes' badges and marks, in the language of the user: locales/*/main.json, as the server serves it.
+
+import { app } from "../../../scripts/app.js";
+import { api } from "../../../scripts/api.js";
+
+let texts = {};
+
+// Once, before the first node is made.
+export async function loadTexts() {
+  const answer = await api.fetchApi("/i18n");
+  const all = answer.ok ? await answer.json() : {};
+  const language = app.extensionManager.setting.get("Comfy.Locale");
+  const own = [all.en?.qwenEditFast, all[language]?.qwenEditFast].filter(Boolean);
+  texts = Object.assign({}, ...own.flatMap(({ badges, findings }) => [badges, findings]));
+}
+
+export const known = (key) => key in texts;
+
+export const text = (key, values = {}) =>
+  Object.entries(values).reduce((line, [name, value]) => line.replace(`{${name}}`, value), texts[key] ?? key);
