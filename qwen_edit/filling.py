@@ -48,14 +48,15 @@ def fill(
     total, done = sum(s.nbytes for s in wanted.values()), 0
     left = Counter(_block_of(name) for name in wanted)
     ready: dict[int | None, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
-    read: dict[str, torch.Tensor] = {}  # of one weight and its scales, what is there already
+    read: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)  # of a weight and its scales, what is there already
     in_file = FileWeights()
     with closing(_tensors(modules, _with_scales(wanted, scales), device)) as tensors:
         for (name, what), tensor in tensors:
-            read[what] = tensor
-            if len(read) <= len(scales.get(name, ())):
+            read[name][what] = tensor
+            if len(read[name]) <= len(scales.get(name, ())):
                 continue
-            raw, beside, read = read.pop(WEIGHT), read, {}
+            beside = read.pop(name)
+            raw = beside.pop(WEIGHT)
             owner, _, parameter = name.rpartition(".")
             module = modules[owner]
             there, stays = raw, isinstance(module, StaysInRam) and parameter == "weight"

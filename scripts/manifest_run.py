@@ -92,7 +92,10 @@ def load_batch_workflow(named: Path | None, values: dict[str, Any], model: str |
         workflow[node]["inputs"]["prompt"] = ""
     workflow[node]["inputs"] |= {name: value for name, value in values.items() if value is not None}
     if model is not None:
-        for loader in nodes_of(workflow, "QwenEditLoader"):
+        loaders = nodes_of(workflow, "QwenEditLoader")
+        if not loaders:
+            raise JobError(f"{path} has no QwenEditLoader that could take --model {model}; leave that out.")
+        for loader in loaders:
             workflow[loader]["inputs"]["model"] = model
     return workflow
 

@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import io
+import json
 import socket
 import struct
 import threading
@@ -138,6 +139,14 @@ def test_the_example_in_the_shipped_batch_is_no_prompt_for_pictures_without_one(
     assert node(None, prompt=None)["prompt"] == ""
     assert node(None, prompt="mirror it", megapixels=1.0)["prompt"] == "mirror it"
     assert node(edit_job.WORKFLOWS / "batch_of_edits.json", prompt=None)["prompt"] == "make the picture black and white"
+
+
+def test_a_model_that_no_node_would_take_is_refused(tmp_path):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"2": {"class_type": "QwenEditBatch", "inputs": {"model": ["1", 0]}}}))
+    assert load_batch_workflow(path, {}, None)["2"]["inputs"] == {"model": ["1", 0]}
+    with pytest.raises(JobError, match="no QwenEditLoader"):
+        load_batch_workflow(path, {}, "mine")
 
 
 def test_a_workflow_that_does_not_fit_is_refused():

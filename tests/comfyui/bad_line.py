@@ -43,7 +43,7 @@ class BadLine:
         with client, contextlib.suppress(OSError):
             begun = b""
             while b"\r\n\r\n" not in begun or (begun.startswith(b"POST") and len(begun) < 1000 and not _whole(begun)):
-                begun += client.recv(65536)
+                begun += _some(client)
             found = self._rule(begun.decode("latin-1"), self.wrong)
             if found is None:
                 self._forward(client, begun)
@@ -53,7 +53,7 @@ class BadLine:
                 client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                 return
             while not _whole(begun):
-                begun += client.recv(65536)
+                begun += _some(client)
             client.sendall(f"HTTP/1.1 {found[1]} No\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
 
     def _forward(self, client: socket.socket, begun: bytes) -> None:
@@ -63,6 +63,18 @@ class BadLine:
             back.start()
             _pump(client, server)
             back.join()
+
+
+def _some(client: socket.socket) -> bytes:
+    """What comes next.
+
+    Raises:
+        ConnectionResetError: nothing does; the client has left.
+    """
+    data = client.recv(65536)
+    if not data:
+        raise ConnectionResetError
+    return data
 
 
 def _whole(request: bytes) -> bool:
