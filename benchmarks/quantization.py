@@ -180,10 +180,10 @@ def decibels(pipeline, transformer, cases: Iterable[tuple[str, str]], expected: 
 
 def pictures(pipeline, cases, expected, options, device, dtype) -> list[dict[str, Any]]:
     paths: dict[str, Callable[[], Transformer]] = {}
-    if device.type == "cpu":
+    if device.type == "cpu" and tuple(options.forms) == FORMATS:
         paths["bf16"] = lambda: demo_transformer(None, device, torch.bfloat16)
         paths["w4a4, activations 4 bit"] = lambda: with_4_bit_activations(demo_transformer("w4a4", device, dtype))
-    for form in FORMATS:
+    for form in options.forms:
         paths[form] = lambda form=form: demo_transformer(form, device, dtype)
     rows = []
     for form, make in paths.items():
@@ -257,7 +257,7 @@ def demo(options, device, dtype) -> dict[str, Any]:
     calls = recorded_calls(pipeline, unquantized, few, options)
     exact, gib = velocities(unquantized, calls), bytes_of_keeping()
     full, rows = kinds(FULL_LAYERS), []
-    for form in FORMATS:
+    for form in options.forms:
 
         def measured(transformer, name: str, with_pictures: bool = True, form=form) -> dict[str, Any]:
             row = {"form": form, "kind": name, "error": shown(relative_error(velocities(transformer, calls), exact))}
@@ -305,7 +305,7 @@ def full_size(options, device, dtype) -> dict[str, Any]:
 
     expected, gib, rows = velocity(None), bytes_of_keeping(), []
     full = kinds(FULL_LAYERS)
-    for form in FORMATS:
+    for form in options.forms:
         rows.append({"form": form, "kind": "all", "error": shown(relative_error(velocity(form), expected))})
         print_row(rows[-1])
         for name, selects in kinds(options.layers).items():
@@ -331,6 +331,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--scale", type=float, default=4.0, help="true CFG; 4 is the preset standard's")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--forms", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--kinds", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--full-size", action="store_true")
     parser.add_argument("--layers", type=int, default=6, help="of the full-size model")
