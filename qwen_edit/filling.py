@@ -63,7 +63,8 @@ def fill(
             if name in source.stored:
                 there = for_module(module, source.stored[name], raw, beside, dtype)
             elif name not in source.blocks:
-                there = raw if stays else raw.to(dtype)
+                # what stays is made the model's dtype where it is used, unless a patch in its own would be less exact
+                there = raw if stays and raw.itemsize >= dtype.itemsize else raw.to(dtype)
             elif not isinstance(module, PackedLinear):
                 floats = dequantize(raw.to(device), source.blocks[name], dtype)  # on the card, where it is fast
                 there = floats.view(getattr(module, parameter).shape).to(raw.device)

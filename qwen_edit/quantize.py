@@ -42,7 +42,7 @@ SHARE = {None: 1.0, "fp8": 0.5, "int8": 0.5, "w4a4": 0.26, "w4a8": 4.5 / 16}
 
 
 class StaysInRam(nn.Linear):
-    """A linear whose weights stay in RAM wherever the model moves, in the dtype of their file: they are read once for a
+    """A linear whose weights stay in RAM wherever the model moves, in the dtype of their file or the model's: they are read once for a
     schedule, and each copy is made then."""
 
     def _apply(self, fn, recurse=True):

@@ -22,7 +22,7 @@ WORKFLOWS = REPO / "workflows"
 ARRANGE = """
 const [note, groups, below] = args;
 const WIDTH = {QwenEditLoader: 320, QwenEditSampler: 360, QwenEditStepPreset: 360, LoadImage: 300, QwenEditEncode: 400,
-               QwenEditSmartResize: 320, QwenEditBatch: 420, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 380,
+               QwenEditSmartResize: 320, QwenEditBatch: 420, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 370,
                QwenEditPerfReport: 480, QwenEditStepSweep: 480, PreviewAny: 400, SaveImage: 340, PreviewImage: 340,
                ImageCompare: 360, PrimitiveStringMultiline: 320, UNETLoader: 330};
 const HEIGHT = {LoadImage: 300, SaveImage: 300, PreviewImage: 330, ImageCompare: 350, QwenEditPerfLogger: 330, QwenEditEncode: 330,

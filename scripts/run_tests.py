@@ -21,6 +21,9 @@ from pathlib import Path
 
 from comfy_host import REPO, Host, add_host_arguments, prepare_host, run_as_script, say
 
+# Much of the time a test waits for a server. A file stays together, as its tests share what they have prepared, and the files
+# keep their order: the long ones come first.
+PROCESSES = ("-n2", "--dist=loadfile", "--no-loadscope-reorder")
 CLOSING_LINE = re.compile(r"\b(passed|failed|errors?|skipped|deselected|no tests ran)\b.* in [\d.]+s")
 
 
@@ -72,10 +75,7 @@ def run_steps(host: Host, fast: bool, pytest_arguments: Sequence[str]) -> list[S
         run_step("ruff check", host, ["ruff", "check", "."]),
         run_step("ruff format", host, ["ruff", "format", "--check", "."]),
         run_step("pyright", host, ["pyright", "--pythonpath", host.python]),
-        # Much of the time a test waits for a server. A file stays together, as its tests share what they have prepared.
-        run_step(
-            "pytest", host, ["pytest", "tests", "-n2", "--dist=loadfile", "--durations=10", *tier, *pytest_arguments]
-        ),
+        run_step("pytest", host, ["pytest", "tests", *PROCESSES, "--durations=10", *tier, *pytest_arguments]),
     ]
 
 

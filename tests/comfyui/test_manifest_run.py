@@ -125,7 +125,7 @@ def test_what_goes_wrong_with_a_picture_on_its_way_fails_that_item_alone(server,
     with BadLine(server.url, rule) as line:
         run = ManifestRun(batch_graph("", "bad line"), tmp_path, tmp_path / "out", patience_s=60)
         summary = run.run(line.url)
-    assert {bad.name: bad.reason.partition("): ")[2] for bad in summary.failed} == {
+    assert {bad.name: bad.reason.partition(".png: ")[2] for bad in summary.failed} == {
         "cut": f"the connection broke off {LOSSES} times while a picture was uploaded; it may be too large for it",
         "too_large": "the server does not take a picture: ComfyUI answered /upload/image with status 413: (nothing)",
         "result_cut": f"the connection broke off {LOSSES} times while its result was downloaded",
