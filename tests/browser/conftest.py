@@ -1,4 +1,4 @@
-"""One Chromium on one fresh ComfyUI, on the CPU, for all browser tests.
+"""A Chromium on a fresh ComfyUI, on the CPU, for the browser tests of each file.
 
 The server is not the one of the server tests: its input folder must be empty and its settings are changed. The variable
 QWEN_EDIT_FRONT_END names the folder of another version of ComfyUI's page, such as `comfyui_frontend_package/static` of a
@@ -16,7 +16,7 @@ from comfy_host import Host, HostError, cache_folder, check_imports, find_comfyu
 from comfy_server import ComfyServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     """The page of a ComfyUI that nobody has used before."""
     try:
