@@ -42,6 +42,8 @@ def run_step(name: str, host: Host, arguments: Sequence[str | Path]) -> Step:
     say(f"\n== {name}")
     begin = time.monotonic()
     environment = os.environ | {"COMFYUI_PATH": str(host.comfyui), "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+    # with more threads than cores, torch's wait for each other
+    environment |= {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 2))}
     process = subprocess.Popen(
         [host.python, "-m", *arguments],
         cwd=REPO,
