@@ -207,6 +207,15 @@ def plain_parts(weight: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
     return data, scale if scale.ndim == 2 else scale.reshape(-1, 1).expand(data.shape[0], 1).contiguous()
 
 
+def with_row_scales(weight: Any) -> Any:
+    """The same weight with a scale for each row, where it has one for all of them: ``plain_parts`` then makes none."""
+    parts = None if weight._params.scale.numel() != 1 else plain_parts(weight)
+    if parts is None:
+        return weight
+    data, scale = parts
+    return QuantizedTensor(data, weight._layout_cls, replace(weight._params, scale=scale))
+
+
 def replace_parts(weight: Any, data: torch.Tensor, scale: torch.Tensor) -> None:
     """Put equal data and scales that lie elsewhere in memory into the weight."""
     weight._qdata = data

@@ -29,6 +29,7 @@ from qwen_edit.quantize import (
     quantized_matmul,
     replace_parts,
     stored_bytes,
+    with_row_scales,
 )
 from qwen_edit.transformer import QwenEditTransformer
 
@@ -120,6 +121,23 @@ def test_plain_parts_are_all_that_a_weight_is(weight, dtype):
     assert scale.is_contiguous()
     assert activation_dtype(weight._layout_cls) == dtype
     assert torch.allclose(data.float() * scale, weight.dequantize(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("layout", ["TensorCoreFP8Layout", quantize.INT8_LAYOUT])
+def test_a_scale_for_each_row_is_made_once(layout):
+    weight = in_layout(layout)
+    made = with_row_scales(weight)
+    (data, scale), (same_data, same_scale) = plain_parts(made), plain_parts(made)
+    assert data is same_data is weight._qdata
+    assert scale is same_scale
+    assert torch.equal(scale, plain_parts(weight)[1])
+    assert with_row_scales(made) is made
+    assert weight._params.scale.numel() == 1
+
+
+def test_forms_that_only_their_library_multiplies_keep_their_scales():
+    weight = in_layout(quantize.W4A4_LAYOUT, convrot_groupsize=64)
+    assert with_row_scales(weight) is weight
 
 
 def test_activations_of_foreign_products_are_not_ours():

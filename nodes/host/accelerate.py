@@ -6,7 +6,9 @@ natively, and the node that samples says why.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
@@ -23,7 +25,7 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.modulation import ModulationCache
-from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
+from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies, with_row_scales
 from ...qwen_edit.transformer import Forward
 from . import folders, notes
 from .doctor import Report, keep_facts, report
@@ -35,8 +37,19 @@ from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured
 KEY = "qwen_edit_accelerate"
 NATIVE_FORWARD = QwenImageTransformer2DModel._forward
 
-# The modulation tables of each accelerated transformer; they go with it.
-_TABLES: WeakKeyDictionary[torch.nn.Module, ModulationCache] = WeakKeyDictionary()
+
+@dataclass
+class Kept:
+    """What the forwards of one accelerated transformer leave for the next.
+
+    ``row_scales``: by module, the weight that DynamicVRAM has on the card and the same with a scale for each row.
+    """
+
+    modulation: ModulationCache = field(default_factory=ModulationCache)
+    row_scales: dict[torch.nn.Module, tuple[Any, Any]] = field(default_factory=dict)
+
+
+_KEPT: WeakKeyDictionary[torch.nn.Module, Kept] = WeakKeyDictionary()
 
 
 def accelerate(model, attention: str):
@@ -67,7 +80,7 @@ def accelerate(model, attention: str):
         comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, AcceleratedForward(choice, kernels, model)
     )
     clone.add_callback_with_key(
-        comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _TABLES.pop(transformer, None)
+        comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _KEPT.pop(transformer, None)
     )
     facts = native_model_facts(dtype, transformer.default_ref_method == REFERENCE_TIMESTEP_ZERO, choice, kernels)
     keep_facts(model.model, facts)
@@ -181,7 +194,8 @@ class AcceleratedForward:
                 x, timesteps, context, attention_mask, ref_latents, additional_t_cond, transformer_options, **kwargs
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
-        weights = CastWeights(x.device, x.dtype)
+        kept = _KEPT.setdefault(native, Kept())
+        weights = CastWeights(x.device, x.dtype, kept.row_scales)
         forward = Forward(self.attention.attend, self.kernels, weights, adapters, positions="comfyui")
         try:
             return run_forward(
@@ -194,19 +208,17 @@ class AcceleratedForward:
                 transformer_options,
                 axes_dims=tuple(native.pe_embedder.axes_dim),
                 zero_cond_t=method == REFERENCE_TIMESTEP_ZERO,
-                modulation=self._modulation(native),
+                modulation=kept.modulation if self._same_weights(native) else None,
                 modulation_key=(self._inner.current_weight_patches_uuid, modulation_key(transformer_options)),
             )
         finally:
             weights.release()
 
-    def _modulation(self, native) -> ModulationCache | None:
-        """Tables of earlier calls; None where nothing names the weights that they would have been made with."""
+    def _same_weights(self, native) -> bool:
+        """Whether ``current_weight_patches_uuid`` names the weights: they may change between steps, or be another model's."""
         patcher = self._inner.current_patcher
-        hooked = patcher is not None and patcher.current_hooks is not None  # weights that change between steps
-        if hooked or native is not self._inner.diffusion_model:
-            return None
-        return _TABLES.setdefault(native, ModulationCache())
+        hooked = patcher is not None and patcher.current_hooks is not None
+        return not hooked and native is self._inner.diffusion_model
 
     def _say_once(self, text: str) -> None:
         """Once for each prompt and node; a prompt calls this at every step."""
@@ -228,8 +240,8 @@ def _replaced_parts(native) -> list[str]:
 class CastWeights:
     """Weights of ComfyUI's modules as its own linears get them; held until ``release``."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype):
-        self.device, self.dtype = device, dtype
+    def __init__(self, device: torch.device, dtype: torch.dtype, row_scales: dict[torch.nn.Module, tuple[Any, Any]]):
+        self.device, self.dtype, self._row_scales = device, dtype, row_scales
         self._held: list[tuple] = []
         self._paged: list[tuple] = []
 
@@ -281,9 +293,17 @@ class CastWeights:
             weight, bias = module._v_weight, module._v_bias
             if weight.dtype == dtype and (bias is None or bias.dtype == self.dtype):
                 self._paged.append(pages)
-                return weight, bias
+                return self._with_row_scales(module, weight) if isinstance(weight, QuantizedTensor) else weight, bias
         model_vbar.vbar_unpin(pages)
         return None
+
+    def _with_row_scales(self, module, weight):
+        """Made once for as long as DynamicVRAM keeps this very tensor: it makes another whenever it writes the weight."""
+        before, made = self._row_scales.get(module, (None, None))
+        if before is not weight:
+            made = with_row_scales(weight)
+            self._row_scales[module] = weight, made
+        return made
 
     def release(self) -> None:
         for held in self._held:

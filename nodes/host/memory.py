@@ -25,7 +25,8 @@ SHARE_OF_RAM = 0.75  # what all kept models may take together
 
 
 def still_loaded(patcher: Any) -> bool:
-    """Whether DynamicVRAM has the whole model on the card as this patcher wants it, so that loading would change nothing.
+    """Whether DynamicVRAM has the model on the card as this patcher wants it, and room for what of it nothing has used yet
+    (a text encoder's head), so that loading would change nothing.
 
     ComfyUI then prepares every weight again and sends the small ones over the bus again, which for a text encoder takes
     longer than encoding. What remains of loading is done here.
@@ -34,7 +35,7 @@ def still_loaded(patcher: Any) -> bool:
         entry.model is not patcher for entry in comfy.model_management.current_loaded_models
     ):
         return False
-    return patcher.loaded_size() >= patcher.model_size() and _still_prepared(patcher)
+    return _still_prepared(patcher, max(0, patcher.model_size() - patcher.loaded_size()))
 
 
 class PreparedOnce(ModelPatcherDynamic):
@@ -53,9 +54,9 @@ def prepare_once(patcher: Any) -> None:
         patcher.__class__ = PreparedOnce
 
 
-def _still_prepared(patcher: Any) -> bool:
-    """Whether DynamicVRAM would prepare the weights as it has left them. Then what remains of loading is done: the model's
-    pages are the last that others may take, its pinned memory counts as used."""
+def _still_prepared(patcher: Any, missing: int = 0) -> bool:
+    """Whether DynamicVRAM would prepare the weights as it has left them, and ``missing`` bytes of them have room. Then what
+    remains of loading is done: the model's pages are the last that others may take, its pinned memory counts as used."""
     model = patcher.model
     extras = (patcher.patches, patcher.weight_wrapper_patches, patcher.object_patches, patcher.injections)
     if (
@@ -69,7 +70,7 @@ def _still_prepared(patcher: Any) -> bool:
     if (
         patcher.current_loaded_device() != patcher.load_device  # a clone may have another
         or model.current_weight_patches_uuid != patcher.patches_uuid
-        or room < comfy.model_management.minimum_inference_memory()
+        or room - missing < comfy.model_management.minimum_inference_memory()
     ):
         return False
     model.dynamic_vbars[patcher.load_device].prioritize()

@@ -129,7 +129,7 @@ def finished(tmp_path):
     """Runs a manifest of 20 items, one of whose pictures goes away, on workers of these classes, each of which needs so
     many of the one GPU that Ray believes in."""
     paths = {"env_vars": {"PYTHONPATH": os.pathsep.join(sys.path)}}
-    ray.init(num_cpus=1, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env=paths)
+    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False, runtime_env=paths)
 
     def finish(*classes, gpus=0, workers=None):
         manifest = make_manifest(tmp_path / "pictures", 20, side=64)

@@ -1,4 +1,4 @@
-"""Loading is skipped only for a DynamicVRAM model that is on the card as a whole and as its patcher wants it.
+"""Loading is skipped only for a DynamicVRAM model that is on the card, or has room there, as its patcher wants it.
 
 DynamicVRAM needs a card, so a stand-in has its patcher's names here.
 """
@@ -48,7 +48,9 @@ assert prioritized == [1]
 found["not listed"] = answer(patcher(), listed=False)
 found["no room to work"] = answer(patcher(), room=2**20)
 found["classic"] = answer(patcher(is_dynamic=lambda: False))
-found["in part"] = answer(patcher(loaded_size=lambda: 99))
+found["but for a head that nothing uses"] = answer(patcher(loaded_size=lambda: 2**40 - 2**32, model_size=lambda: 2**40))
+assert prioritized == [1, 1]
+found["in part, and no room for the rest"] = answer(patcher(loaded_size=lambda: 1, model_size=lambda: 2**40))
 found["with a LoRA"] = answer(patcher(patches={"weight": 1}))
 found["after a clone with a LoRA"] = answer(patcher(patches_uuid=2))
 found["with another object in it"] = answer(patcher(object_patches={"layer": 1}))
@@ -58,7 +60,7 @@ found["with callbacks"] = answer(patcher(get_all_callbacks=lambda kind: [print])
 small = patcher()
 small.model.model_loaded_weight_memory = 0
 found["small weights taken off"] = answer(small)
-assert prioritized == [1]
+assert prioritized == [1, 1]
 
 
 def prepares(device="card", **different):
@@ -83,5 +85,8 @@ print("RESULT", json.dumps({"skipped": found, "prepared": again}))
 
 def test_only_what_loading_would_not_change(host):
     found = json.loads(run_in_comfyui(host, CODE).split("RESULT", 1)[1])
-    assert [name for name, skipped in found["skipped"].items() if skipped] == ["whole"]
+    assert [name for name, skipped in found["skipped"].items() if skipped] == [
+        "whole",
+        "but for a head that nothing uses",
+    ]
     assert [name for name, prepared in found["prepared"].items() if not prepared] == ["on the card in part"]
