@@ -13,6 +13,7 @@ from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
 
 import comfy.model_management
+import comfy.utils
 import torch
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
 from comfy.patcher_extension import CallbacksMP
@@ -25,8 +26,8 @@ SHARE_OF_RAM = 0.75  # what all kept models may take together
 
 
 def still_loaded(patcher: Any) -> bool:
-    """Whether DynamicVRAM has the model on the card as this patcher wants it, and room for what of it nothing has used yet
-    (a text encoder's head), so that loading would change nothing.
+    """Whether DynamicVRAM has the model on the card as this patcher wants it, or room there for what is missing, so that
+    loading would change nothing.
 
     ComfyUI then prepares every weight again and sends the small ones over the bus again, which for a text encoder takes
     longer than encoding. What remains of loading is done here.
@@ -58,9 +59,10 @@ def _still_prepared(patcher: Any, missing: int = 0) -> bool:
     """Whether DynamicVRAM would prepare the weights as it has left them, and ``missing`` bytes of them have room. Then what
     remains of loading is done: the model's pages are the last that others may take, its pinned memory counts as used."""
     model = patcher.model
-    extras = (patcher.patches, patcher.weight_wrapper_patches, patcher.object_patches, patcher.injections)
+    extras = (patcher.patches, patcher.weight_wrapper_patches, patcher.injections)
     if (
         any(extras)
+        or not objects_in_place(patcher)
         or patcher.forced_hooks
         or patcher.get_all_callbacks(CallbacksMP.ON_LOAD)
         or model.model_loaded_weight_memory == 0
@@ -76,6 +78,14 @@ def _still_prepared(patcher: Any, missing: int = 0) -> bool:
     model.dynamic_vbars[patcher.load_device].prioritize()
     model.dynamic_pins[patcher.load_device]["active"] = True
     return True
+
+
+def objects_in_place(patcher: Any) -> bool:
+    """Whether the model has the objects that this patcher gives it, and no others: a CLIP's always has the dtype to cast to."""
+    given = patcher.object_patches
+    return patcher.object_patches_backup.keys() == given.keys() and all(
+        comfy.utils.get_attr(patcher.model, name) is thing for name, thing in given.items()
+    )
 
 
 class Shell(Protocol):
