@@ -6,6 +6,7 @@ nodes works, not only the shipped ones.
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -65,14 +66,26 @@ def load_workflow(pictures: int, named: Path | None = None) -> dict[str, Any]:
     return workflow
 
 
-def megapixels_for(model: str | None, named: Path | None, asked: float | None) -> float | None:
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model makes pictures of which size, and in which workflow."""
+    parser.add_argument(
+        "--model", metavar="NAME",
+        help="as Qwen Edit Loader lists it: a folder or checkpoint (default: the workflow's, which is the demo model)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--megapixels", type=float, metavar="N",
+        help="of the picture that the model makes (default: 1 with --model, else the workflow's)",
+    )  # fmt: skip
+    parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
+
+
+def megapixels_for(options: argparse.Namespace) -> float | None:
     """Megapixels (2²⁰ px) to set in a workflow; None leaves what it says.
 
-    The shipped ones, taken when none is ``named``, have the demo model's size, a fourteenth of what real weights like.
+    The shipped ones, taken when none is named, have the demo model's size, a fourteenth of what real weights like.
     """
-    if asked is None and named is None and model is not None and not model.startswith("demo"):
-        return 1.0
-    return asked
+    own_weights = options.model is not None and not options.model.startswith("demo")
+    return 1.0 if options.megapixels is None and options.workflow is None and own_weights else options.megapixels
 
 
 def nodes_of(workflow: dict[str, Any], class_type: str) -> list[str]:

@@ -8,6 +8,7 @@ queues what is missing; a result that the server still has is not made again.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import copy
 import json
@@ -75,6 +76,12 @@ class Task:
 class Queued:
     prompt_id: str
     tasks: list[Task]
+
+
+def asked_batch_workflow(options: argparse.Namespace) -> dict[str, Any]:
+    """The workflow of a manifest that a command line asks for. Raises JobError."""
+    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed", "megapixels")}
+    return load_batch_workflow(options.workflow, values, options.model)
 
 
 def load_batch_workflow(named: Path | None, values: dict[str, Any], model: str | None) -> dict[str, Any]:

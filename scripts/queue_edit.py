@@ -25,8 +25,8 @@ from pathlib import Path
 
 from comfy_client import ComfyClient, ComfyError, ServerUnreachable
 from comfy_host import run_as_script, say
-from edit_job import Edit, JobError, load_workflow, megapixels_for, run_edit
-from manifest_run import ManifestRun, load_batch_workflow
+from edit_job import Edit, JobError, add_model_arguments, load_workflow, megapixels_for, run_edit
+from manifest_run import ManifestRun, asked_batch_workflow
 from run_summary import BatchBar
 
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
@@ -123,15 +123,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     prompt.add_argument("--prompts", type=Path, metavar="FILE", help="a text file with one instruction a line")
     parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
-    parser.add_argument(
-        "--model", metavar="NAME",
-        help="as Qwen Edit Loader lists it: a folder or checkpoint (default: the workflow's, which is the demo model)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--megapixels", type=float, metavar="N",
-        help="of the picture that the model makes (default: 1 with --model, else the workflow's)",
-    )  # fmt: skip
-    parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
+    add_model_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="PATH", help="a .png file; for a batch, a folder")
     parser.add_argument(
         "--patience", type=float, default=600, metavar="SECONDS",
@@ -142,14 +134,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("one of the arguments --prompt --prompts is required with --image")
     if options.manifest is not None and options.prompts is not None:
         parser.error("--prompts is for --image; write the prompts into the manifest")
-    options.megapixels = megapixels_for(options.model, options.workflow, options.megapixels)
+    options.megapixels = megapixels_for(options)
     return options
 
 
 def run_manifest(options: argparse.Namespace) -> int:
     """A manifest from start to end; the exit status."""
-    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed", "megapixels")}
-    workflow = load_batch_workflow(options.workflow, values, options.model)
+    workflow = asked_batch_workflow(options)
     run = ManifestRun(workflow, options.manifest, options.output or Path("edited"), options.patience)
     try:
         run.run(options.server, BatchBar().show)

@@ -27,9 +27,9 @@ import ray.exceptions
 from comfy_client import ComfyError
 from comfy_host import SCRIPTS, Host, add_host_arguments, prepare_host, run_as_script, say
 from comfy_server import START_TIMEOUT_S
-from edit_job import JobError, megapixels_for
+from edit_job import JobError, add_model_arguments, megapixels_for
 from edit_worker import Delivered, EditWorker, pack
-from manifest_run import ManifestRun, Task, load_batch_workflow, save
+from manifest_run import ManifestRun, Task, asked_batch_workflow, save
 from run_summary import BatchBar, Summary
 
 PARCEL = 8  # items in one call of a worker
@@ -214,15 +214,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompt", metavar="TEXT", help="the instruction, where the manifest has none")
     parser.add_argument("--preset", metavar="NAME", help="step preset (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
-    parser.add_argument(
-        "--model", metavar="NAME",
-        help="as Qwen Edit Loader lists it: a folder or checkpoint (default: the workflow's, which is the demo model)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--megapixels", type=float, metavar="N",
-        help="of the picture that the model makes (default: 1 with --model, else the workflow's)",
-    )  # fmt: skip
-    parser.add_argument("--workflow", type=Path, metavar="FILE", help="another workflow in API format")
+    add_model_arguments(parser)
     parser.add_argument("--model-paths", type=Path, metavar="FILE", help="ComfyUI's --extra-model-paths-config")
     parser.add_argument(
         "--work", type=Path, metavar="PATH",
@@ -230,15 +222,14 @@ def parse() -> argparse.Namespace:
     )  # fmt: skip
     add_host_arguments(parser)
     options = parser.parse_args()
-    options.megapixels = megapixels_for(options.model, options.workflow, options.megapixels)
+    options.megapixels = megapixels_for(options)
     return options
 
 
 def main() -> int:
     """Run a manifest; a failed item does not stop the rest."""
     options = parse()
-    values = {name: getattr(options, name) for name in ("prompt", "preset", "seed", "megapixels")}
-    workflow = load_batch_workflow(options.workflow, values, options.model)
+    workflow = asked_batch_workflow(options)
     run = ManifestRun(workflow, options.manifest, options.output)
     host = prepare_host(options.comfyui, options.python or sys.executable)
     extra = ["--extra-model-paths-config", str(options.model_paths.resolve())] if options.model_paths else []
