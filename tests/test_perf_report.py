@@ -230,6 +230,7 @@ def test_the_chart_is_drawn_for_whatever_was_recorded(theme):
         (on_card, [on_card, on_card]),
         (record({"save": 0.3, "host": 0.1}), []),
         (run_of_nothing(), []),
+        (run_of_nothing() | {"wall_ms": 0.0}, []),
     ):
         picture = draw_report(one, earlier, perf.advise(one), theme)
         assert picture.shape[1:] == (900, 3)

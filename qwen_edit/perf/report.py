@@ -18,8 +18,8 @@ def between_nodes_ms(record: dict) -> float:
 
 
 def work_ms(record: dict) -> float:
-    """Wall time without the drawing of the report."""
-    return record["wall_ms"] - record["stages"].get(REPORT_STAGE, {"ms": 0.0})["ms"]
+    """Wall time without the drawing of the report, at least what times are rounded to: it is divided by."""
+    return max(record["wall_ms"] - record["stages"].get(REPORT_STAGE, {"ms": 0.0})["ms"], 0.1)
 
 
 def previous_runs(record: dict, records: list[dict], count: int) -> list[dict]:
