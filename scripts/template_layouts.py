@@ -100,8 +100,8 @@ from RAM; offload *stream* asks for that.
 The nodes, files and settings of ComfyUI's template for 2511 without its Lightning switch: shift 3.1, CFGNorm, euler, simple, \
 40 steps, CFG 4. There they are folded into one node, *Image Edit (Qwen-Image 2511)*, here they lie open, with one picture.
 
-*Accelerate* stands right before KSampler, behind everything that changes the model. To put it into ComfyUI's template, open \
-that node and place it between *Switch (Model)* and KSampler.
+*Accelerate* stands right before KSampler, behind everything that changes the model. In ComfyUI's own template, or any other \
+workflow, the menu puts it there: *Extensions* → *Qwen Edit Fast* → *Accelerate this workflow*.
 
 Bypass it (Ctrl-B) to compare. What it does not honour runs natively, and it says so.
 

@@ -1,4 +1,4 @@
-// The words of the nodes' badges and marks, in the language of the user: locales/*/main.json, as the server serves it.
+// The words of badges, marks and messages, in the language of the user: locales/*/main.json, as the server serves it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
@@ -11,7 +11,7 @@ export async function loadTexts() {
   const all = answer.ok ? await answer.json() : {};
   const language = app.extensionManager.setting.get("Comfy.Locale");
   const own = [all.en?.qwenEditFast, all[language]?.qwenEditFast].filter(Boolean);
-  texts = Object.assign({}, ...own.flatMap(({ badges, findings }) => [badges, findings]));
+  texts = Object.assign({}, ...own.flatMap(({ badges, findings, accelerate }) => [badges, findings, accelerate]));
 }
 
 export const known = (key) => key in texts;
