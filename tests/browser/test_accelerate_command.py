@@ -30,7 +30,7 @@ def load(browser: Browser, workflow: dict) -> None:
 def run(browser: Browser) -> str:
     """What the message says."""
     browser.js("await app.extensionManager.command.execute(args[0])", COMMAND)
-    said = "[...document.querySelectorAll('.p-toast-message')].find(e => e.textContent.includes('Qwen Edit Fast'))"
+    said = "[...document.querySelectorAll('.p-toast-message, [data-testid=toast]')].find(e => e.textContent.includes('Qwen Edit Fast'))"
     text = browser.wait(f"return {said}?.textContent", 10)
     browser.js(f"let said; while ((said = {said})) {{ said.querySelector('button').click();"
                " await new Promise(done => setTimeout(done, 300)); }")  # fmt: skip

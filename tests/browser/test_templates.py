@@ -13,7 +13,10 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 API = {path.stem: json.loads(path.read_text("utf-8")) for path in sorted((REPO / "workflows" / "api").glob("*.json"))}
 # These name files that a machine has only when its user put them there: ComfyUI offers them for download.
 NEEDS_FILES = {name for name, nodes in API.items() if any(n["class_type"] == "UNETLoader" for n in nodes.values())}
-COMPLAINTS = "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn"
+COMPLAINTS = (
+    "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn,"
+    " [data-toast-kind=error], [data-toast-kind=warning]"
+)
 
 
 @pytest.mark.parametrize("name", sorted(API.keys() - {"warm_up"}))  # which no person opens
