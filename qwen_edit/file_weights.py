@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .linear import Resident
+from .linear import Resident, runs_itself
 from .quantize import raw_data
 from .reading import Stored, read_ahead
 
@@ -65,9 +65,9 @@ class FileWeights(Resident):
         return module.floats(data.view(raw_data(module.weight).shape), self._dtype), module.bias.to(data.device)
 
     def _place(self, module: Any) -> _Place | None:
-        """None: a patcher has given it another weight, or the file is not what it was."""
+        """None: somebody has given it another weight or forward, or the file is not what it was."""
         place = self._places.get(module)
-        if place is None or raw_data(module.weight).data_ptr() != place.address:
+        if place is None or runs_itself(module) or raw_data(module.weight).data_ptr() != place.address:
             return None
         try:
             return place if _identity(place.stored) == place.file else None

@@ -7,7 +7,7 @@ the two frames of its patch convolution; here they come together again.
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,7 +184,7 @@ def check_encoder(source: EncoderSource, expected: Mapping[str, Sequence[int]]) 
 
 def read_encoder(
     source: EncoderSource, names: Collection[str], packed: Collection[str], device: torch.device
-) -> Iterator[tuple[str, torch.Tensor]]:
+) -> Generator[tuple[str, torch.Tensor], None, None]:
     """These tensors on the device, in the order of the files.
 
     Those of ``packed`` are uint8, of ``packed_shape``; others that are in blocks become bfloat16, and floats stay as they

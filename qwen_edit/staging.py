@@ -11,12 +11,15 @@ from typing import Any
 import numpy as np
 import torch
 
+PAGE = 4096  # bytes
+
 
 class Slab:
     """One piece: ``memory`` is uint8 ``[nbytes]``, ``view`` the same for a file to read into."""
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        array = np.empty(nbytes, dtype=np.uint8)  # NumPy asks for huge pages, which are touched faster
+        array = np.empty(nbytes + PAGE, dtype=np.uint8)  # NumPy asks for huge pages, which are touched faster
+        array = array[-array.ctypes.data % PAGE :][:nbytes]  # a page that two slabs share can't be locked twice
         self.memory, self.view = torch.from_numpy(array), memoryview(array.data)
         self._device = device
         self._tried = self._locked = False

@@ -16,6 +16,7 @@ names.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -268,8 +269,9 @@ def _halves(table: ModulationTable, block: int, rows, output_tokens: int, text_t
 
 
 def _modulation_table(model, times, like, forward: Forward, cache, key, schedule) -> ModulationTable:
-    linears = (linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1]))
-    if cache is None or any(runs_itself(linear) for linear in linears):  # no key knows what a replaced forward does
+    in_blocks = (linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1]))
+    modules = chain(model.time_text_embed.modules(), [model.norm_out.linear], in_blocks)
+    if cache is None or any(runs_itself(module) for module in modules):  # no key knows what a replaced forward does
         cache = ModulationCache()
     return cache.table(
         key,

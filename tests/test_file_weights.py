@@ -110,6 +110,21 @@ def test_a_weight_that_was_changed_is_not_read_from_the_file(tmp_path, reads):
     assert reads == [4, 3, 4]
 
 
+def test_a_replaced_forward_is_called_and_not_skipped(tmp_path, reads):
+    """ComfyUI's bypass LoRAs replace it."""
+    _, model, weights = loaded(tmp_path, "bf16")
+    before = table(model, weights)
+    linear = model.transformer_blocks[1].img_mod[1]
+    own = linear.forward
+    linear.forward = lambda x: 2 * own(x)
+    changed = table(model, weights)
+    assert torch.equal(changed, table(model, RESIDENT))
+    assert not torch.equal(changed, before)
+    del linear.forward
+    assert torch.equal(table(model, weights), before)
+    assert reads == [4, 3, 4]
+
+
 @pytest.mark.parametrize("now", ["gone", "another"])
 def test_a_file_that_is_no_longer_the_same_is_not_read(tmp_path, reads, now):
     path, model, weights = loaded(tmp_path, "bf16")

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from qwen_edit.attention import resolve
 from qwen_edit.linear import NO_ADAPTERS, RESIDENT, LowRank
 from qwen_edit.modulation import ROWS_KEPT, ModulationCache, ModulationTable, compute_table
 from qwen_edit.quantize import quantize_weight
-from qwen_edit.transformer import QwenEditTransformer
+from qwen_edit.transformer import Forward, QwenEditTransformer, denoise
 
 CONFIG = dict(
     num_layers=2,
@@ -19,6 +20,7 @@ CONFIG = dict(
 CHANNELS = 64
 SCHEDULE = (1.0, 0.75, 0.5, 0.25, 0.0)
 LIKE = torch.empty(0)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +74,28 @@ def test_the_table_holds_adapters_quantized_weights_and_hooks(model):
 
 
 # The cache
+
+
+@pytest.mark.parametrize(
+    "name", ["norm_out.linear", "time_text_embed.timestep_embedder.linear_2", "transformer_blocks.1.txt_mod.1"]
+)
+def test_a_replaced_forward_is_not_hidden_by_what_was_kept(model, name):
+    """No key knows what it does."""
+    latents, text = torch.randn(1, 16, 64), torch.randn(1, 3, 48)
+    forward = Forward(resolve("pytorch", CPU, torch.float32, 32).attend)
+    given = {"axes_dims": CONFIG["axes_dims_rope"], "zero_cond_t": False, "modulation": ModulationCache()}
+
+    def velocity():
+        return denoise(model, latents, torch.tensor([0.5]), text, ((4, 4),), forward, **given)
+
+    before, module = velocity(), model.get_submodule(name)
+    own = module.forward
+    module.forward = lambda x: 2 * own(x)
+    try:
+        assert not torch.allclose(velocity(), before)
+    finally:
+        del module.forward
+    assert torch.equal(velocity(), before)
 
 
 @pytest.fixture

@@ -80,7 +80,10 @@ def accelerate(model, attention: str):
         comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY, AcceleratedForward(choice, kernels, model)
     )
     clone.add_callback_with_key(
-        comfy.patcher_extension.CallbacksMP.ON_DETACH, KEY, lambda *_: _KEPT.pop(transformer, None)
+        comfy.patcher_extension.CallbacksMP.ON_DETACH,
+        KEY,
+        # ComfyUI also detaches, without unpatching, what it loads again a moment later
+        lambda _, unpatch_all: _KEPT.pop(transformer, None) if unpatch_all else None,
     )
     facts = native_model_facts(dtype, transformer.default_ref_method == REFERENCE_TIMESTEP_ZERO, choice, kernels)
     keep_facts(model.model, facts)

@@ -1,5 +1,6 @@
 """A text encoder in GGUF as ComfyUI's CLIP: ComfyUI's own modules, whose weights stay in ggml's blocks."""
 
+from contextlib import closing
 from pathlib import Path
 
 import comfy.ops
@@ -99,9 +100,10 @@ class GgufTextModel(QwenImageTEModel):
 
     def fill(self, device: torch.device) -> None:
         try:
-            for name, tensor in read_encoder(self.source, self._names, self._packed, device):
-                module, _, parameter = name.rpartition(".")
-                setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
+            with closing(read_encoder(self.source, self._names, self._packed, device)) as tensors:
+                for name, tensor in tensors:
+                    module, _, parameter = name.rpartition(".")
+                    setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))
         except BaseException:  # half of them are no encoder: the next load reads all
             self.empty()
             raise
