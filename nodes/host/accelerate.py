@@ -32,6 +32,7 @@ from .doctor import Report, keep_facts, report
 from .facts import native_model_facts
 from .forward import run_forward
 from .lora import LoraTarget, active_adapters, modulation_key
+from .memory import WHEN_FREED
 from .model import REFERENCE_TIMESTEP_ZERO, HostTransformer, not_honoured
 
 KEY = "qwen_edit_accelerate"
@@ -50,6 +51,7 @@ class Kept:
 
 
 _KEPT: WeakKeyDictionary[torch.nn.Module, Kept] = WeakKeyDictionary()
+WHEN_FREED.append(_KEPT.clear)
 
 
 def accelerate(model, attention: str):

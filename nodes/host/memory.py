@@ -7,7 +7,7 @@ the weights again.
 """
 
 import logging
-import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, Generic, Protocol, TypeVar
@@ -112,6 +112,10 @@ class ShellPatcher(ModelPatcher):
     not: it would leave some on the CPU and the forward would break.
     """
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        SHELLS.add(self)
+
     def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
         if self.model.is_empty:
             with stage("load"):
@@ -134,11 +138,6 @@ class ShellPatcher(ModelPatcher):
 
     def detach(self, unpatch_all=True):
         self._stay = False  # a load that failed half-way is detached from inside partially_load
-        # /free arrives while no prompt runs; then the memory is wanted back, not a copy in RAM.
-        if unpatch_all and not PromptServer.instance.prompt_queue.currently_running and not self.model.is_empty:
-            self.release()
-            for owner in OWNERS:
-                owner.forget_all()
         return super().detach(unpatch_all)
 
     def release(self) -> None:
@@ -201,31 +200,31 @@ class Owner(Generic[T]):
         self._idle.append(dropped)
 
     def forget_all(self) -> None:
-        """Drop all weights, also those that wait in RAM, and let go of everything a moment later: this is called by
-        ComfyUI's memory manager while it walks its list of loaded models, and dropping the last reference to one of
-        them there ends ComfyUI's prompt worker."""
-        for thing, _ in self._kept.values():
-            for shell in self._shells(thing):
-                if not shell.model.is_empty:
-                    shell.release()
-            self._idle.append(thing)
+        """Let go of everything."""
         self._kept.clear()
-        self._drop_idle()
-
-    def _drop_idle(self) -> None:
-        if self._idle and _is_freeing():
-            timer = threading.Timer(0.5, self._drop_idle)
-            timer.daemon = True
-            timer.start()
-        else:
-            self._idle.clear()
-
-
-def _is_freeing() -> bool:
-    """Whether ComfyUI is still walking its list: it takes out what it has detached only at the end, and a shell
-    that is empty is in the list at no other time."""
-    loaded = [entry.model for entry in list(comfy.model_management.current_loaded_models)]
-    return any(isinstance(patcher, ShellPatcher) and patcher.model.is_empty for patcher in loaded)
+        self._idle.clear()
 
 
 OWNERS: list[Owner[Any]] = []
+SHELLS: weakref.WeakSet[ShellPatcher] = weakref.WeakSet()
+WHEN_FREED: list[Callable[[], object]] = []  # what else is to be let go of, added by its owner
+
+_unload_all_models = comfy.model_management.unload_all_models
+
+
+def _unload_all_models_and_ours() -> None:
+    """ComfyUI's. Between prompts (``/free``) memory is wanted back, not copies in RAM, so that all of our weights go, also
+    those that have waited in RAM since a prompt ran out of memory and are in ComfyUI's list no more."""
+    free = not PromptServer.instance.prompt_queue.currently_running
+    for shell in list(SHELLS) if free else ():
+        if not shell.model.is_empty:
+            shell.release()
+    _unload_all_models()
+    if (
+        free
+    ):  # not before: dropping the last reference to what ComfyUI's list holds, while it walks that, ends its worker
+        for let_go in (*(owner.forget_all for owner in OWNERS), *WHEN_FREED):
+            let_go()
+
+
+comfy.model_management.unload_all_models = _unload_all_models_and_ours

@@ -100,3 +100,10 @@ def look(client: ArrayClient) -> dict:
 def reads(server: ComfyServer) -> int:
     """How often the server has read a transformer from disk."""
     return len(re.findall("Qwen Edit Fast: reading the transformer of", server.log.read_text(errors="replace")))
+
+
+def starved(graph: Graph, times: int, kind: str, nonce: str = "1") -> Graph:
+    """The graph with a sampler whose memory runs out so many times."""
+    graph = changed(graph, "sampler", model=["starved", 0])
+    options = {"times": times, "kind": kind, "nonce": nonce + str(np.random.default_rng().integers(2**32))}
+    return graph | {"starved": node("ProbeOutOfMemory", model=["loader", 0], **options)}

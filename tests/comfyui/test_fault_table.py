@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from comfy_process import run_in_comfyui
-from edits import between, changed, edited, failure, picture, refusal, run_fresh, small_edit
+from edits import between, changed, edited, failure, picture, refusal, run_fresh, small_edit, starved
 from graphs import node
 from safetensors.torch import save_file
 from test_faults import BAD_FILES, switch_inputs, with_picture
@@ -139,12 +139,6 @@ for width, height in ((20000, 1000), (1000, 20000), (20000, 20000), (20000, 1)):
 
 
 # Memory
-
-
-def starved(graph, times: int, kind: str, nonce: str = "1"):
-    graph = changed(graph, "sampler", model=["starved", 0])
-    options = {"times": times, "kind": kind, "nonce": nonce + str(np.random.default_rng().integers(2**32))}
-    return graph | {"starved": node("ProbeOutOfMemory", model=["loader", 0], **options)}
 
 
 def said_on(client, before: int, which: str) -> list[str]:

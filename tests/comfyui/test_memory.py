@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 from array_client import ArrayClient
-from edits import between, changed, edited, look, picture, reads, run_fresh, small_edit
+from edits import between, changed, edited, failure, look, picture, reads, run_fresh, small_edit, starved
 from graphs import node
 from safetensors.torch import save_file
 from test_faults import switch_inputs
@@ -64,6 +64,29 @@ def test_models_and_loras_are_in_comfyuis_accounting(client, server, graph):
     edited(client, with_lora(graph, LORAS[0]))
     assert {"QwenEditModel", "FolderTextModel", "ResidentLora"} <= set(look(client)["loaded"])
     assert "Requested to load QwenEditModel" in server.log.read_text(errors="replace")
+
+
+def test_free_drops_what_waits_in_ram_since_memory_ran_out(client, server, graph):
+    """ComfyUI then unloads everything, and has none of it in its list any more."""
+    before = edited(client, graph)
+    failure(client, starved(graph, 2, "raised"))
+    seen = wait_for(client, lambda seen: not any(k.startswith("QwenEdit") for k in seen["loaded"]))
+    assert weights_held(seen)
+    client.post("/free", {"unload_models": True})
+    wait_for(client, lambda seen: not weights_held(seen))
+    assert np.array_equal(edited(client, graph), before)
+
+
+def test_free_drops_what_a_cached_loader_has_brought_back(client, server, graph):
+    """Its node does not run again, so that what it keeps knows nothing of the weights that its MODEL and CLIP read."""
+    graph = changed(graph, "loader", offload="text encoder")
+    edited(client, graph)
+    free(client, cache=False)
+    before = edited(client, changed(graph, "sampler", seed=7))
+    assert weights_held(look(client))
+    client.post("/free", {"unload_models": True})
+    wait_for(client, lambda seen: not weights_held(seen))
+    assert np.array_equal(edited(client, changed(graph, "sampler", seed=7)), before)
 
 
 def test_free_drops_everything_and_the_next_edit_reads_again(client, server, graph):

@@ -106,6 +106,8 @@ REAL = (
 from types import SimpleNamespace
 import comfy.model_management
 from pack.nodes.host.memory import objects_in_place
+from server import PromptServer
+PromptServer.instance = SimpleNamespace(prompt_queue=SimpleNamespace(currently_running=True))
 
 with small_sizes(64):
     target = SimpleNamespace(params={}, clip=qwen_image.QwenImageTEModel, tokenizer=qwen_image.QwenImageTokenizer)
