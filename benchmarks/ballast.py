@@ -45,7 +45,7 @@ NOTE = re.compile(
 def measure_engine(options: argparse.Namespace) -> list[dict[str, Any]]:
     from forward import Case, milliseconds, ours, random_model
 
-    from qwen_edit.host_memory import HostMemory
+    from qwen_edit.host_memory import HostMemory, page_lock
     from qwen_edit.streaming import BlockStream, spread
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,7 @@ def measure_engine(options: argparse.Namespace) -> list[dict[str, Any]]:
     case, blocks = Case(options.side, options.text, device), model.transformer_blocks
     expected = case.ours(model).clone()
     whole = milliseconds(lambda: case.ours(model), device, options.repeat)
-    model.stream = stream = BlockStream(blocks, HostMemory(lock if device.type == "cuda" else None))
+    model.stream = stream = BlockStream(blocks, HostMemory(page_lock if device.type == "cuda" else None))
     rows = []
     for resident in map(int, options.resident.split(",")):
         begin = time.perf_counter()
@@ -90,11 +90,6 @@ def measure_engine(options: argparse.Namespace) -> list[dict[str, Any]]:
         rows.append({"form": options.form} | row)
         print(rows[-1], flush=True)
     return rows
-
-
-def lock(address: int, nbytes: int):
-    runtime: Any = torch.cuda.cudart()
-    return (lambda: runtime.cudaHostUnregister(address)) if runtime.cudaHostRegister(address, nbytes, 1) == 0 else None
 
 
 # Under ballast

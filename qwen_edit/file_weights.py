@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .host_memory import Lock, page_lock
 from .linear import Resident, runs_itself
 from .quantize import raw_data
 from .reading import Stored, read_ahead
@@ -32,7 +33,12 @@ class _Place:
 class FileWeights(Resident):
     """Reads the weights that were added ahead from their file, all others where they lie."""
 
-    def __init__(self) -> None:
+    def __init__(self, lock: Lock = page_lock) -> None:
+        """
+        Args:
+            lock: see ``read_ahead``.
+        """
+        self._lock = lock
         self._places: weakref.WeakKeyDictionary[nn.Linear, _Place] = weakref.WeakKeyDictionary()
         self._arriving: Iterator[tuple[nn.Linear, torch.Tensor]] = iter(())
         self._ahead: dict[nn.Linear, Stored] = {}
@@ -51,7 +57,7 @@ class FileWeights(Resident):
     def ahead(self, modules: Sequence[nn.Module], like: torch.Tensor) -> Iterator[None]:
         self._dtype = like.dtype
         self._ahead = {m: place.stored for m in modules if (place := self._place(m)) is not None}
-        with closing(read_ahead(self._ahead, like.device)) as self._arriving:
+        with closing(read_ahead(self._ahead, like.device, self._lock)) as self._arriving:
             try:
                 yield
             finally:

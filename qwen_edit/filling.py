@@ -11,6 +11,7 @@ import torch
 from .blocks import BLOCK_TYPES, dequantize, packed_shape
 from .checkpoints import DTYPES, TransformerSource, check_tensors, read_headers
 from .file_weights import FileWeights
+from .host_memory import Lock, page_lock
 from .packed import PackedLinear
 from .quantize import StaysInRam, in_its_form
 from .reading import Stored, mapped, read_ahead
@@ -30,6 +31,7 @@ def fill(
     device: torch.device,
     progress: Progress | None = None,
     on_block: Callable[[int], None] | None = None,
+    lock: Lock = page_lock,
 ) -> FileWeights:
     """Read the weights of ``source`` into ``model`` (on meta), converted to ``dtype`` on ``device``, and there into the
     form of their modules (see ``quantize``), one tensor after the other. Those that stay in RAM are the file's own pages,
@@ -37,6 +39,7 @@ def fill(
 
     Args:
         on_block: called with a block's index as soon as the block has all its weights, and may move them.
+        lock: see ``read_ahead``.
 
     Raises:
         ValueError: tensors are missing, unexpected or of another shape (their count and the first five).
@@ -49,8 +52,8 @@ def fill(
     left = Counter(_block_of(name) for name in wanted)
     ready: dict[int | None, list[tuple[Any, str, torch.Tensor]]] = defaultdict(list)
     read: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)  # of a weight and its scales, what is there already
-    in_file = FileWeights()
-    with closing(_tensors(modules, _with_scales(wanted, scales), device)) as tensors:
+    in_file = FileWeights(lock)
+    with closing(_tensors(modules, _with_scales(wanted, scales), device, lock)) as tensors:
         for (name, what), tensor in tensors:
             read[name][what] = tensor
             if len(read[name]) <= len(scales.get(name, ())):
@@ -119,7 +122,7 @@ def _with_scales(
 
 
 def _tensors(
-    modules: Mapping[str, Any], wanted: Mapping[tuple[str, str], Stored], device: torch.device
+    modules: Mapping[str, Any], wanted: Mapping[tuple[str, str], Stored], device: torch.device, lock: Lock
 ) -> Generator[tuple[tuple[str, str], torch.Tensor], None, None]:
     """Those that stay in RAM first, as the files' pages; on the CPU all are."""
     stays = {
@@ -129,7 +132,8 @@ def _tensors(
         yield from mapped(wanted)
         return
     yield from mapped(stays)
-    with closing(read_ahead({key: stored for key, stored in wanted.items() if key not in stays}, device)) as tensors:
+    rest = {key: stored for key, stored in wanted.items() if key not in stays}
+    with closing(read_ahead(rest, device, lock)) as tensors:
         yield from tensors
 
 

@@ -19,6 +19,7 @@ from .checkpoints import FLOAT_DTYPES, check_names, check_shape
 from .errors import WEIGHTS
 from .gguf import LANGUAGE, SUFFIX, VISION
 from .headers import read_header
+from .host_memory import Lock, page_lock
 from .reading import Stored, mapped, read_ahead
 
 VISION_MARK = "mmproj"  # in the names of vision files
@@ -183,12 +184,16 @@ def check_encoder(source: EncoderSource, expected: Mapping[str, Sequence[int]]) 
 
 
 def read_encoder(
-    source: EncoderSource, names: Collection[str], packed: Collection[str], device: torch.device
+    source: EncoderSource,
+    names: Collection[str],
+    packed: Collection[str],
+    device: torch.device,
+    lock: Lock = page_lock,
 ) -> Generator[tuple[str, torch.Tensor], None, None]:
     """These tensors on the device, in the order of the files.
 
     Those of ``packed`` are uint8, of ``packed_shape``; others that are in blocks become bfloat16, and floats stay as they
-    are. On the CPU the files' own pages serve as memory.
+    are. On the CPU the files' own pages serve as memory. ``lock``: see ``read_ahead``.
 
     Raises:
         OSError: a file ends early or can't be read.
@@ -197,7 +202,7 @@ def read_encoder(
     wanted = {key: part.stored for key, (_, part) in belongs.items()}
     wanted = dict(sorted(wanted.items(), key=lambda item: (item[1].path, item[1].offset)))
     waiting: dict[str, dict[str, torch.Tensor]] = defaultdict(dict)
-    with closing(mapped(wanted) if device.type == "cpu" else read_ahead(wanted, device)) as tensors:
+    with closing(mapped(wanted) if device.type == "cpu" else read_ahead(wanted, device, lock)) as tensors:
         for key, tensor in tensors:
             name, part = belongs[key]
             if part.kind is not None and name not in packed:

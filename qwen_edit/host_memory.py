@@ -6,7 +6,9 @@ that locks more than its container has left is killed.
 
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy
 import psutil
@@ -20,6 +22,14 @@ V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 # Locks bytes at an address; answers with what unlocks them, or None where they can't be locked.
 Lock = Callable[[int, int], Callable[[], object] | None]
+
+
+def page_lock(address: int, nbytes: int) -> Callable[[], object] | None:
+    """A ``Lock`` for CUDA cards, all of them; the driver may refuse it. An error is of the calling thread."""
+    runtime: Any = torch.cuda.cudart()
+    if int(runtime.cudaHostRegister(address, nbytes, 1)) != 0:
+        return None
+    return partial(runtime.cudaHostUnregister, address)
 
 
 def available_memory(root: Path = CGROUPS, own: Path = OWN_CGROUPS) -> int:

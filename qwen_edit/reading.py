@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 
 from .gguf import SUFFIX
+from .host_memory import Lock, page_lock
 from .staging import Slab, Staging
 
 WORKERS = 8
@@ -69,15 +70,20 @@ def mapped(wanted: Mapping[Key, Stored]) -> Generator[tuple[Key, torch.Tensor], 
                 yield from ((key, file.get_tensor(s.name)) for key, s in here)
 
 
-def read_ahead(wanted: Mapping[Key, Stored], device: torch.device) -> Generator[tuple[Key, torch.Tensor], None, None]:
+def read_ahead(
+    wanted: Mapping[Key, Stored], device: torch.device, lock: Lock = page_lock
+) -> Generator[tuple[Key, torch.Tensor], None, None]:
     """Each tensor under its key in ``wanted``, in that order, in memory of its own on ``device``. Copies to a card are queued
     in the current stream, in which the tensors are to be used. Close it where not all of them may be taken.
+
+    Args:
+        lock: page-locks what they pass through, from the threads that read.
 
     Raises:
         OSError: a file ends early or can't be read.
     """
     parts, parts_of = _plan(wanted)
-    waiting, staging = deque(parts), Staging(device, SLABS, PART)
+    waiting, staging = deque(parts), Staging(device, SLABS, PART, lock)
     files: dict[tuple[int, Path], BinaryIO] = {}
 
     def read_more() -> None:

@@ -11,34 +11,33 @@ from typing import Any
 import numpy as np
 import torch
 
+from .host_memory import Lock, page_lock
+
 PAGE = 4096  # bytes
 
 
 class Slab:
     """One piece: ``memory`` is uint8 ``[nbytes]``, ``view`` the same for a file to read into."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+    def __init__(self, nbytes: int, device: torch.device, lock: Lock) -> None:
         array = np.empty(nbytes + PAGE, dtype=np.uint8)  # NumPy asks for huge pages, which are touched faster
         array = array[-array.ctypes.data % PAGE :][:nbytes]  # a page that two slabs share can't be locked twice
         self.memory, self.view = torch.from_numpy(array), memoryview(array.data)
-        self._device = device
-        self._tried = self._locked = False
+        self._lock: Lock | None = lock if device.type == "cuda" else None
+        self._device, self._unlock = device, None
 
     def lock(self) -> None:
-        """Page-lock it, if that is not done yet and there is a use for it. Where it fails, copies are slower."""
-        if self._device.type != "cuda" or self._tried:
+        """Page-lock it, if that was not tried yet and there is a use for it. Where it fails, copies are slower."""
+        if self._lock is None:
             return
-        self._tried = True
-        runtime: Any = torch.cuda.cudart()
+        lock, self._lock = self._lock, None
         with torch.cuda.device(self._device):
-            # 1: for all cards. An error is of the calling thread, a reader's, which has no other calls that it could fail.
-            self._locked = int(runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.nbytes, 1)) == 0
+            self._unlock = lock(self.memory.data_ptr(), self.memory.nbytes)
 
     def unlock(self) -> None:
-        if self._locked:
-            runtime: Any = torch.cuda.cudart()
-            runtime.cudaHostUnregister(self.memory.data_ptr())
-            self._locked = False
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
 
 
 class Staging:
@@ -47,8 +46,8 @@ class Staging:
     A slab is handed out again when the copies out of it, queued in the current stream, have ended.
     """
 
-    def __init__(self, device: torch.device, count: int, nbytes: int) -> None:
-        self._device, self._count, self._nbytes = device, count, nbytes
+    def __init__(self, device: torch.device, count: int, nbytes: int, lock: Lock = page_lock) -> None:
+        self._device, self._count, self._nbytes, self._lock = device, count, nbytes, lock
         self._made: list[Slab] = []
         self._free: list[Slab] = []  # the last one given back leaves first: its memory has been touched
         self._leaving: deque[tuple[Any, Slab]] = deque()  # with the event after which it is free, in their order
@@ -58,7 +57,7 @@ class Staging:
         while self._leaving and self._leaving[0][0].query():
             self._free.append(self._leaving.popleft()[1])
         if not self._free and len(self._made) < self._count:
-            self._made.append(Slab(self._nbytes, self._device))
+            self._made.append(Slab(self._nbytes, self._device, self._lock))
             return self._made[-1]
         return self._free.pop() if self._free else None
 

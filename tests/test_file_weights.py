@@ -38,9 +38,9 @@ def reads(monkeypatch) -> list[int]:
     counts: list[int] = []
     read_ahead = file_weights.read_ahead
 
-    def counted(wanted, device):
+    def counted(wanted, device, lock):
         counts.append(len(wanted))
-        return read_ahead(wanted, device)
+        return read_ahead(wanted, device, lock)
 
     monkeypatch.setattr(file_weights, "read_ahead", counted)
     return counts

@@ -16,6 +16,7 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf_encoder import EncoderSource, check_encoder, encoder_source, read_encoder
 from .clip import shell_clip
 from .memory import ShellPatcher
+from .pinning import page_lock
 
 
 class _Packed:
@@ -100,7 +101,7 @@ class GgufTextModel(QwenImageTEModel):
 
     def fill(self, device: torch.device) -> None:
         try:
-            with closing(read_encoder(self.source, self._names, self._packed, device)) as tensors:
+            with closing(read_encoder(self.source, self._names, self._packed, device, page_lock)) as tensors:
                 for name, tensor in tensors:
                     module, _, parameter = name.rpartition(".")
                     setattr(self._encoder.get_submodule(module), parameter, nn.Parameter(tensor, requires_grad=False))

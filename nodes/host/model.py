@@ -30,7 +30,7 @@ from .forward import run_forward
 from .fused import PinnedMemory, SecondCopy, SecondCopyPatcher, adapters_for
 from .lora import modulation_key
 from .memory import ShellPatcher
-from .pinning import PinnedBlocks
+from .pinning import PinnedBlocks, page_lock
 from .transformer_patcher import Offload, Sizes, TransformerPatcher
 
 POSITIONS = "qwen_edit_positions"  # key in transformer_options; ComfyUI's own when absent, as for any MODEL
@@ -256,6 +256,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
                 device,
                 lambda done, total: bar.update_absolute(round(100 * done / total)),
                 lambda index: stream.lay(index) if index in stream.streamed else None,
+                page_lock,
             )
         except BaseException:  # cancelled too: the next load reads all of them
             self.empty()
