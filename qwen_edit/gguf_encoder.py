@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Collection, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -86,6 +87,11 @@ class EncoderSource:
         if name == PATCHES:
             return [first, rest[0], len(parts), *rest[1:]]
         return [sum(part.shape[0] for part in parts), *rest]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Of what ``read_encoder`` makes of a tensor that is not to stay packed."""
+        dtypes = [part.stored.dtype if part.kind is None else torch.bfloat16 for part in self.parts[name]]
+        return reduce(torch.promote_types, dtypes)
 
     def kind(self, name: str) -> BlockType | None:
         """The format of a tensor that can stay in its blocks, because it lies in the file in one piece."""

@@ -39,9 +39,7 @@ class PackedLinear(nn.Linear):
         return F.linear(x, self.dequantized(self.weight), self.bias)
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_) -> torch.Tensor:
-        """A patcher's float copy. It has cast the bytes to a float dtype before, which holds 0 to 255 exactly."""
-        values = dequantize(weight.to(torch.uint8), self.blocks, torch.float32)
-        return values.view(self.out_features, self.in_features)
+        return patchers_copy(weight, self.blocks).view(self.out_features, self.in_features)
 
     def set_weight(self, weight: torch.Tensor, return_weight: bool = False, **_) -> torch.Tensor:
         """What a patcher makes of that copy, for a file; in the module only ``patch`` changes weights.
@@ -52,6 +50,12 @@ class PackedLinear(nn.Linear):
         if not return_weight:
             raise NotImplementedError("Weights in ggml's formats can't be replaced by floats.")
         return weight.to(self.bias.dtype)
+
+
+def patchers_copy(weight: torch.Tensor, kind: BlockType) -> torch.Tensor:
+    """The values of a packed weight for a patcher, which has cast the bytes to a float dtype before; that holds 0 to 255
+    exactly."""
+    return dequantize(weight.to(torch.uint8), kind, torch.float32)
 
 
 class PackedInRam(PackedLinear, StaysInRam):

@@ -77,6 +77,7 @@ def test_a_file_cut_off_is_an_error(files):
         list(read_ahead(wanted, CPU))
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
 def test_whoever_stops_early_leaves_no_thread_and_no_open_file(files):
     before = threading.active_count(), len(os.listdir("/proc/self/fd"))
     with closing(read_ahead(stored(files), CPU)) as tensors:

@@ -14,6 +14,7 @@ from torch import nn
 from ...qwen_edit.blocks import BlockType, dequantize, packed_shape
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.gguf_encoder import EncoderSource, check_encoder, encoder_source, read_encoder
+from ...qwen_edit.packed import patchers_copy
 from .clip import shell_clip
 from .memory import ShellPatcher
 from .pinning import page_lock
@@ -41,8 +42,7 @@ class _Packed:
         return dequantize(rows, self.kind, dtype)
 
     def convert_weight(self, weight: torch.Tensor, inplace: bool = False, **_) -> torch.Tensor:
-        """A patcher's float copy. It has cast the bytes to a float dtype before, which holds 0 to 255 exactly."""
-        return weight if self.kind is None else self.values(weight.to(torch.uint8), torch.float32)
+        return weight if self.kind is None else patchers_copy(weight, self.kind)
 
     def set_weight(self, weight: torch.Tensor, return_weight: bool = False, **_) -> torch.Tensor | None:
         if return_weight:
@@ -90,6 +90,9 @@ class GgufTextModel(QwenImageTEModel):
             if isinstance(module, _Packed) and kind is not None and names[weight][-1] % kind.values == 0:
                 module.keep_packed(kind)
                 self._packed.append(weight)
+        for name, parameter in self._encoder.named_parameters():
+            if name not in self._packed:  # what the weights will be tells in what the encoder computes
+                parameter.data = parameter.data.to(source.dtype(name))
 
     @property
     def _encoder(self) -> nn.Module:  # an attribute would be a second module of the same weights

@@ -25,13 +25,8 @@ from .clip import loaded_once
 
 ACTIVATIONS = "qwen_edit_activations"  # attachment on the patcher: the dtype that prompts are encoded in
 
-# Others have bits that bfloat16 would lose.
-BFLOAT16_WEIGHTS = (
-    torch.bfloat16,
-    torch.float8_e4m3fn,
-    torch.float8_e5m2,
-    torch.uint8,
-)  # ggml's blocks: 8 bits at most
+# Others have bits that bfloat16 would lose. uint8: ggml's blocks, of 8 bits at most.
+BFLOAT16_WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.uint8)
 
 # By the picture's id: the picture, so that its id stays its own, and its features and patch grid.
 Seen = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]

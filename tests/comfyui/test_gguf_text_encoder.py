@@ -120,6 +120,10 @@ def encoded():
     result["dtypes"] = [
         str(m.weight.dtype) for m in (encoder.model.layers[0].mlp.down_proj, encoder.model.embed_tokens, encoder.model.norm)
     ]
+    waiting = ours().cond_stage_model.qwen25_7b.transformer
+    result["announced"] = all(
+        waiting.get_parameter(name).dtype == parameter.dtype for name, parameter in encoder.named_parameters()
+    )
     result["bytes"] = [clip.patcher.model_size(), WORDS.stat().st_size + SEES.stat().st_size]
 
     changed = clip.clone()
@@ -208,6 +212,7 @@ def test_encodes_as_comfyui_with_the_same_weights(results):
     result, _ = results
     assert max(result["alone"] + result["together"]) < 1e-4
     assert result["dtypes"] == ["torch.uint8", "torch.uint8", "torch.float32"]
+    assert result["announced"]  # by which the encoder's own dtype is chosen before anything is read
     ours, files = result["bytes"]
     assert 0.9 * files < ours <= files
     assert result["patched"] < 0.01  # a patched weight becomes bfloat16

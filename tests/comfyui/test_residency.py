@@ -117,24 +117,24 @@ EXPECTED = {
 
 @pytest.fixture(scope="module")
 def seen(host):
-    constants = f"DEMO, FORMS = {str(REPO / 'demo_model')!r}, {json.dumps(json.dumps([None, 'fp8']))}\n"
+    constants = f"DEMO, FORMS = {str(REPO / 'demo_model')!r}, {json.dumps(json.dumps(FORMS))}\n"
     return json.loads(run_in_comfyui(host, constants + CODE, timeout_s=400).split("RESULT", 1)[1])
 
 
-@pytest.mark.parametrize("form", ["None", "fp8"])
+@pytest.mark.parametrize("form", map(str, FORMS))
 def test_blocks_come_and_go_and_the_result_stays(seen, form):
     steps = seen[form]["steps"]
     assert {name: step[0] for name, step in steps.items()} == EXPECTED
     assert [name for name, step in steps.items() if not step[1]] == []
 
 
-@pytest.mark.parametrize("form", ["None", "fp8"])
+@pytest.mark.parametrize("form", map(str, FORMS))
 def test_comfyui_is_told_what_is_on_the_card(seen, form):
     steps = seen[form]["steps"]
     assert [name for name, step in steps.items() if not step[2] or not step[3]] == []
 
 
-@pytest.mark.parametrize("form", ["None", "fp8"])
+@pytest.mark.parametrize("form", map(str, FORMS))
 def test_blocks_are_given_back_one_by_one(seen, form):
     enough, told, streamed, same, refused, left = seen[form]["given"]
     assert enough
