@@ -137,6 +137,7 @@ def main() -> None:
     native_vae, vae = (sd.VAE(sd=dict(weights)) for _ in range(2))
     native_vae.not_video = vae.not_video = True
     picture_vae.run_pictures_in_2d(vae)
+    import_module("pack.nodes.host.memory").prepare_once(vae.patcher)  # as the pack's loader does
 
     edits = iter(range(10**6))
 
