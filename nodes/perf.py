@@ -20,6 +20,18 @@ EXPORTS = {"off": (), "JSON": ("json",), "CSV": ("csv",), "JSON and CSV": ("json
 NOT_MEASURED = "Not measured: ComfyUI's queue is not running this."
 
 
+def theme_input() -> io.Combo.Input:
+    """Of the nodes that draw a chart."""
+    return io.Combo.Input(
+        "theme",
+        options=list(THEMES),
+        default="dark",
+        optional=True,
+        advanced=True,
+        tooltip="Colours of the chart. dark also reads well on a light canvas.",
+    )
+
+
 def _begin() -> None:
     try:
         ensure_run()
@@ -105,14 +117,7 @@ class QwenEditPerfReport(io.ComfyNode):
                     tooltip="Also write the numbers into the folder qwen_edit_perf of ComfyUI's output folder, one file "
                     "for each run. They hold times, node types and versions, no prompts and no file names.",
                 ),
-                io.Combo.Input(
-                    "theme",
-                    options=list(THEMES),
-                    default="dark",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Colours of the chart. dark also reads well on a light canvas.",
-                ),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="chart", tooltip="The chart as a picture, 900 pixels wide."),

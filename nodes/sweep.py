@@ -2,11 +2,12 @@
 
 from comfy_api.latest import io, ui
 
-from ..qwen_edit.chart_style import NO_MATPLOTLIB, THEMES, note_picture
+from ..qwen_edit.chart_style import NO_MATPLOTLIB, note_picture
 from ..qwen_edit.errors import INPUT
 from ..qwen_edit.sweep import as_json, parse_sweep, sentence, sweep_table
 from ..qwen_edit.sweep_chart import contact_sheet, draw_sweep
 from .host.doctor import Report
+from .perf import theme_input
 from .pictures import as_image
 from .sampler import MAX_SEED, preset_input, recipe_overrides
 
@@ -46,14 +47,7 @@ class QwenEditStepSweep(io.ComfyNode):
                     " this seed.",
                 ),
                 *overrides,
-                io.Combo.Input(
-                    "theme",
-                    options=list(THEMES),
-                    default="dark",
-                    optional=True,
-                    advanced=True,
-                    tooltip="Colours of the chart. dark also reads well on a light canvas.",
-                ),
+                theme_input(),
             ],
             outputs=[
                 io.Image.Output(display_name="chart", tooltip="SSIM and PSNR against time, 900 pixels wide."),

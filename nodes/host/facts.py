@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from comfy_execution.graph_utils import is_link
@@ -29,15 +30,21 @@ def model_facts(
         version=_version(source),
         version_by=source.version_by,
         precision=precision.name,
-        attention=attention.name,
-        attention_wanted=attention.wanted,
-        attention_why=attention.why,
-        attention_fell_back=attention.fell_back,
-        kernels=kernels.name,
-        kernels_why=kernels.why,
-        kernels_fell_back=kernels.fell_back,
-        flags=server_flags(),
+        **_what_runs(attention, kernels),
     )
+
+
+def _what_runs(attention: KernelChoice, kernels: FusedKernels) -> dict[str, Any]:
+    return {
+        "attention": attention.name,
+        "attention_wanted": attention.wanted,
+        "attention_why": attention.why,
+        "attention_fell_back": attention.fell_back,
+        "kernels": kernels.name,
+        "kernels_why": kernels.why,
+        "kernels_fell_back": kernels.fell_back,
+        "flags": server_flags(),
+    }
 
 
 def facts_of_model(model) -> ModelFacts:
@@ -98,14 +105,7 @@ def native_model_facts(
         version="2511" if zero_cond_t else "2509",
         version_by="the file's mark" if zero_cond_t else NO_MARK,
         precision=Precision("", dtype, None, "").name,
-        attention=attention.name,
-        attention_wanted=attention.wanted,
-        attention_why=attention.why,
-        attention_fell_back=attention.fell_back,
-        kernels=kernels.name,
-        kernels_why=kernels.why,
-        kernels_fell_back=kernels.fell_back,
-        flags=server_flags(),
+        **_what_runs(attention, kernels),
     )
 
 

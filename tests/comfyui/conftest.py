@@ -9,10 +9,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from array_client import ArrayClient
 from comfy_host import PACK_NAME, Host, HostError, cache_folder, check_imports, find_comfyui
 from comfy_server import ComfyServer
+from edits import edited, small_edit
+from graphs import Graph
 
 StartServer = Callable[..., ComfyServer]
 
@@ -85,3 +88,23 @@ def start_server(host: Host, tmp_path: Path) -> Iterator[StartServer]:
     yield start
     for server in servers:
         server.stop()
+
+
+@pytest.fixture
+def graph(client: ArrayClient) -> Graph:
+    """A small edit in API format; files that look at others have their own."""
+    return small_edit(client)
+
+
+@pytest.fixture(scope="module")
+def _good() -> dict[str, np.ndarray]:
+    return {}
+
+
+@pytest.fixture
+def good(client: ArrayClient, graph: Graph, _good: dict[str, np.ndarray]) -> Iterator[np.ndarray]:
+    """The good edit; the server must still give this very picture after the test's fault."""
+    if "picture" not in _good:
+        _good["picture"] = edited(client, graph)
+    yield _good["picture"]
+    assert np.array_equal(edited(client, graph), _good["picture"])

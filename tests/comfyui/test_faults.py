@@ -20,25 +20,6 @@ from qwen_edit.transformer import QwenEditTransformer
 pytestmark = pytest.mark.server
 
 
-@pytest.fixture
-def graph(client):
-    return small_edit(client)
-
-
-@pytest.fixture(scope="module")
-def _good():
-    return {}
-
-
-@pytest.fixture
-def good(client, graph, _good):
-    """The good edit; the server must still give this very picture after the test's fault."""
-    if "picture" not in _good:
-        _good["picture"] = edited(client, graph)
-    yield _good["picture"]
-    assert np.array_equal(edited(client, graph), _good["picture"])
-
-
 # Files
 
 

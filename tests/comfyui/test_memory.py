@@ -15,11 +15,6 @@ pytestmark = pytest.mark.server
 LORAS = ("memory 1.safetensors", "memory 2.safetensors")
 
 
-@pytest.fixture
-def graph(client):
-    return small_edit(client)
-
-
 @pytest.fixture(scope="module", autouse=True)
 def lora_files(models):
     for seed, name in enumerate(LORAS):

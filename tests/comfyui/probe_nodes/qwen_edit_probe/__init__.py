@@ -399,18 +399,8 @@ class Widen:
         return ([[torch.cat((cond, cond), dim=-1), options] for cond, options in conditioning],)
 
 
-class CancelLoading:
+class CancelLoading(Pass):
     """Hands a value on; the next reading of weights is interrupted at its first progress report."""
-
-    CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
-
-    @classmethod
-    def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY,), "nonce": ("STRING",)}}
-
-    @classmethod
-    def VALIDATE_INPUTS(cls, input_types):
-        return True
 
     def run(self, value, nonce):
         original = comfy.utils.PROGRESS_BAR_HOOK
