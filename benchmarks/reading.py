@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from environment import environment, keep
 from qwen_edit.blocks import BLOCK_TYPES
 from qwen_edit.checkpoints import check_tensors, read_headers, transformer_from_file
 from qwen_edit.filling import fill, places
+from qwen_edit.modulation import modulation_linears
 from qwen_edit.packed import PACKED, keep_packed
 from qwen_edit.quantize import is_modulation, prepare
 from qwen_edit.reading import read_ahead
@@ -239,7 +241,7 @@ def read_by_the_pack(path: Path, form: str | None, device: torch.device) -> dict
 
 
 def read_modulation(model, weights, like: torch.Tensor) -> None:
-    linears = [linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1])]
+    linears = list(chain.from_iterable(modulation_linears(model)))
     with weights.ahead(linears, like):
         for linear in linears:
             assert weights.read(linear) is not None

@@ -6,8 +6,10 @@ size, bf16). Where the linears' weights lie does not matter, so they need not st
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,18 @@ class ModulationCache:
         self._tables.clear()
 
 
+def modulation_linears(model) -> list[tuple[Any, Any]]:
+    """Of each block the linear for image tokens and that for text tokens."""
+    return [(block.img_mod[1], block.txt_mod[1]) for block in model.transformer_blocks]
+
+
+def makes_tables(model) -> Iterator[Any]:
+    """The modules whose results a table holds."""
+    yield from model.time_text_embed.modules()
+    yield model.norm_out.linear
+    yield from chain.from_iterable(modulation_linears(model))
+
+
 def compute_table(
     model, timesteps: Sequence[float], like: torch.Tensor, weights: WeightReader, adapters: Adapters
 ) -> ModulationTable:
@@ -106,9 +120,9 @@ def compute_table(
             y = F.linear(activated, weight, bias)
         return low_rank(y, activated, adapters.get(linear, ()))
 
-    pairs = [(block.img_mod[1], block.txt_mod[1]) for block in model.transformer_blocks]
+    pairs = modulation_linears(model)
     blocks = []
-    with weights.ahead([linear for pair in pairs for linear in pair], like):
+    with weights.ahead(list(chain.from_iterable(pairs)), like):
         for pair in pairs:
             blocks.append(torch.stack([project(linear) for linear in pair], dim=1))
             weights.release()

@@ -16,7 +16,6 @@ names.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from .linear import (
     runs_itself,
     unpacked_operand,
 )
-from .modulation import ModulationCache, ModulationTable, compute_table
+from .modulation import ModulationCache, ModulationTable, compute_table, makes_tables
 from .rope import Grid, Positions, rope_table
 from .streaming import BlockStream
 
@@ -269,9 +268,7 @@ def _halves(table: ModulationTable, block: int, rows, output_tokens: int, text_t
 
 
 def _modulation_table(model, times, like, forward: Forward, cache, key, schedule) -> ModulationTable:
-    in_blocks = (linear for block in model.transformer_blocks for linear in (block.img_mod[1], block.txt_mod[1]))
-    modules = chain(model.time_text_embed.modules(), [model.norm_out.linear], in_blocks)
-    if cache is None or any(runs_itself(module) for module in modules):  # no key knows what a replaced forward does
+    if cache is None or any(runs_itself(module) for module in makes_tables(model)):  # no key knows what that does
         cache = ModulationCache()
     return cache.table(
         key,
