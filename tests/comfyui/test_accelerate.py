@@ -4,6 +4,7 @@ The server computes in fp32, so our forward and ComfyUI's differ by the order of
 """
 
 import itertools
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from array_client import ArrayClient
 from comfy_client import ExecutionFailed, Interrupted
 from comfy_server import ComfyServer
-from edits import failure, note, small_edit
+from edits import failure, look, note, small_edit
 from graphs import Graph, node
 from safetensors.torch import load_file, save_file
 
@@ -257,6 +258,23 @@ def test_branches_do_not_disturb_each_other(beside):
     for which in ("native", "fast"):
         assert torch.equal(beside[f"{which} again"], beside[which])
     assert torch.equal(beside["fast twice"], beside["fast"])
+
+
+def test_what_it_keeps_outlives_a_sampling_and_leaves_with_the_weights(client):
+    def sampled(seed: int) -> list[int]:
+        made = Samplings()
+        made.sample("one", FAST, seed=seed)
+        client.run(made.graph)
+        return look(client)["modulation tables"]
+
+    first = sampled(21)
+    assert first
+    assert sampled(22) == first  # though ComfyUI detaches the MODEL and loads it again in between
+    client.post("/free", {"unload_models": True})
+    until = time.monotonic() + 20
+    while look(client)["modulation tables"]:
+        assert time.monotonic() < until
+        time.sleep(0.1)
 
 
 def test_a_lora_that_hooks_change_from_step_to_step(client, server):

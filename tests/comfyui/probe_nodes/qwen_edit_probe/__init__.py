@@ -53,7 +53,7 @@ def pack_module(name: str):
 @PromptServer.instance.routes.get("/qwen_edit_probe")
 async def look(request):
     gc.collect()
-    loading, lora = pack_module("loading"), pack_module("lora")
+    loading, lora, accelerate = (pack_module(name) for name in ("loading", "lora", "accelerate"))
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     shells = {}
     for thing in gc.get_objects():
@@ -65,6 +65,12 @@ async def look(request):
             "shells": shells,
             "owned": len(loading.OWNER._kept) if loading else 0,
             "loras": len(lora.POOL._kept) if lora else 0,
+            "modulation tables": [
+                id(table)
+                for kept in (accelerate._KEPT.values() if accelerate else ())
+                for tables in kept.modulation._tables.values()
+                for table in tables
+            ],
             "threads": threading.active_count(),
             "rss": psutil.Process().memory_info().rss,
             "modules": sorted(n for n in ("diffusers", "transformers", "peft", "accelerate") if n in sys.modules),
