@@ -27,6 +27,9 @@ class _Packed:
     shape: torch.Size
     weight: nn.Parameter
 
+    # With DynamicVRAM ComfyUI's layers have no weights until it loads them itself. It asks for this to tell whose they are.
+    _load_from_state_dict = nn.Module._load_from_state_dict
+
     def keep_packed(self, kind: BlockType) -> None:
         self.kind, self.shape = kind, self.weight.shape
         packed = torch.empty(packed_shape(self.shape, kind), dtype=torch.uint8, device="meta")

@@ -19,6 +19,7 @@ import json
 import re
 from types import SimpleNamespace
 sys.path += TESTS
+import comfy.memory_management
 import comfy.model_management
 import folder_paths
 import gguf
@@ -126,6 +127,13 @@ def encoded():
     )
     result["bytes"] = [clip.patcher.model_size(), WORDS.stat().st_size + SEES.stat().st_size]
 
+    comfy.memory_management.aimdo_enabled = True  # as on a card with DynamicVRAM, which makes ComfyUI's layers without weights
+    try:
+        made_then = ours()
+    finally:
+        comfy.memory_management.aimdo_enabled = False
+    result["made with DynamicVRAM"] = bool(torch.equal(made_then.encode_from_tokens(made_then.tokenize("no picture at all")), found[1]))
+
     changed = clip.clone()
     key = "qwen25_7b.transformer.model.layers.0.mlp.down_proj.weight"
     changed.patcher.add_patches({key: ("diff", (torch.full((HIDDEN, HIDDEN), 0.5),))})
@@ -212,6 +220,7 @@ def test_encodes_as_comfyui_with_the_same_weights(results):
     result, _ = results
     assert max(result["alone"] + result["together"]) < 1e-4
     assert result["dtypes"] == ["torch.uint8", "torch.uint8", "torch.float32"]
+    assert result["made with DynamicVRAM"]
     assert result["announced"]  # by which the encoder's own dtype is chosen before anything is read
     ours, files = result["bytes"]
     assert 0.9 * files < ours <= files
