@@ -10,6 +10,8 @@ const SAMPLED = ["LATENT", "GUIDER"]; // what a node gives out that samples with
 const MUTED = [2, 4]; // LiteGraph's modes of muted and bypassed nodes
 const QWEN = /qwen/i;
 const GAP = 30;
+const REPORT = 110; // what the node grows by when it has run, and in Nodes 2.0 by its foot
+const WIDTH = 300;
 
 const graphs = () => [app.rootGraph, ...app.rootGraph.subgraphs.values()];
 
@@ -48,7 +50,9 @@ function wantsIt(graph, sampler, anyQwen) {
 function place(graph, node, sampler) {
   const title = LiteGraph.NODE_TITLE_HEIGHT;
   const [x, y] = sampler.pos;
-  const [width, height] = node.size;
+  node.setSize([Math.max(node.size[0], WIDTH), node.size[1]]);
+  const width = node.size[0];
+  const height = node.size[1] + REPORT;
   const free = ([left, top]) =>
     graph.nodes.every(
       (other) =>
