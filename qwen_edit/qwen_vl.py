@@ -7,8 +7,11 @@ sequence, and the vision tower's windows are one masked attention for each block
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -41,41 +44,83 @@ def additive_mask(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return mask.masked_fill_(~visible, float("-inf"))
 
 
-def see(visual: Any, patches: torch.Tensor, grids: torch.Tensor, device: torch.device, dtype: torch.dtype):
+@dataclass(frozen=True)
+class Layout:
+    """What the vision tower takes from the grids of its pictures alone; tensors on its device.
+
+    ``order``: of the patches, window by window; ``merged_back``: of what the merger returns, picture by picture.
+    ``positions``: cos and sin of the rotations, ``[patches, head_dim]``. ``windows`` and ``pictures``: in which of them each
+    patch lies, ``[patches]``; None: there is one.
+    """
+
+    order: torch.Tensor
+    merged_back: torch.Tensor
+    positions: tuple[torch.Tensor, torch.Tensor]
+    windows: torch.Tensor
+    pictures: torch.Tensor | None
+
+
+LAYOUTS: WeakKeyDictionary[Any, dict[tuple, Layout]] = WeakKeyDictionary()  # by the tower, the latest few
+KEPT_LAYOUTS = 4
+
+
+def see(visual: Any, patches: torch.Tensor, grids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """What the vision tower makes of one or several pictures.
 
     Args:
         visual: ComfyUI's ``Qwen2VLVisionTransformer``.
-        patches: ``[patches, 3 * 2 * 14 * 14]`` of all pictures, one after the other, on the CPU.
+        patches: ``[patches, 3 * 2 * 14 * 14]`` of all pictures, one after the other, on the tower's device.
         grids: ``[pictures, 3]``, frames, rows and columns in patches, on the CPU, where everything that decides on a
             shape stays: nothing waits for the device.
 
     Returns:
         ``[patches / 4, C]`` in the order of the pictures.
     """
-    windows, ends = visual.get_window_index(grids)
-    unit = visual.spatial_merge_size**2
-    order = (windows.unsqueeze(1) * unit + torch.arange(unit)).flatten()
-    angles = visual.get_position_embeddings(grids, grids.device)[order].repeat(1, 2)
-    positions = angles.cos().to(device), angles.sin().to(device)
-    pictures = grids.prod(dim=1).cumsum(0).tolist()
-
-    hidden = visual.patch_embed(patches[order].to(device, dtype))
-    in_window = partial(attend, mask=_within(ends, device, dtype))
-    in_picture = partial(attend, mask=_within([0, *pictures], device, dtype) if len(pictures) > 1 else None)
+    layout = _layout(visual, grids, patches.device)
+    hidden = visual.patch_embed(patches[layout.order].to(dtype))
+    in_window = partial(attend, mask=_within(layout.windows, dtype))
+    in_picture = partial(attend, mask=None if layout.pictures is None else _within(layout.pictures, dtype))
     together = torch.tensor([0, len(patches)])  # the block splits nothing
     with sdpa_kernel(BACKENDS):
         for index, block in enumerate(visual.blocks):
             attention = in_picture if index in visual.fullatt_block_indexes else in_window
-            hidden = block(hidden, positions, together, optimized_attention=attention)
-    return visual.merger(hidden)[windows.argsort().to(device)]
+            hidden = block(hidden, layout.positions, together, optimized_attention=attention)
+    return visual.merger(hidden)[layout.merged_back]
 
 
-def _within(ends: Sequence[int], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-    """The mask of tokens that see their own part only; part i lies from ``ends[i]`` to ``ends[i + 1]``."""
-    lengths = torch.tensor(ends).diff()
-    part = torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(device)
+def _layout(visual: Any, grids: torch.Tensor, device: torch.device) -> Layout:
+    """Kept, because making it takes the host as long as the whole tower takes the card."""
+    kept, key = LAYOUTS.setdefault(visual, {}), (device, *grids.flatten().tolist())
+    if key not in kept:
+        while len(kept) >= KEPT_LAYOUTS:
+            del kept[next(iter(kept))]
+        kept[key] = _make_layout(visual, grids, device)
+    return kept[key]
+
+
+def _make_layout(visual: Any, grids: torch.Tensor, device: torch.device) -> Layout:
+    windows, ends = visual.get_window_index(grids)
+    unit = visual.spatial_merge_size**2
+    order = (windows.unsqueeze(1) * unit + torch.arange(unit)).flatten()
+    angles = visual.get_position_embeddings(grids, grids.device)[order].repeat(1, 2)
+    pictures = grids.prod(dim=1).tolist()
+    return Layout(
+        order.to(device),
+        windows.argsort().to(device),
+        (angles.cos().to(device), angles.sin().to(device)),
+        _parts([end - start for start, end in pairwise(ends)]).to(device),
+        _parts(pictures).to(device) if len(pictures) > 1 else None,
+    )
+
+
+def _within(part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The mask of tokens that see their own part only."""
     return additive_mask(part.unsqueeze(1) == part, dtype)
+
+
+def _parts(lengths: Sequence[int]) -> torch.Tensor:
+    """``[sum(lengths)]`` on the CPU: which part each token lies in. (``repeat_interleave`` starts threads even for two.)"""
+    return torch.tensor([part for part, length in enumerate(lengths) for _ in range(length)])
 
 
 def read_together(
@@ -98,7 +143,7 @@ def read_together(
     lengths = [prompt.shape[1] - shared for prompt in embeds]
     hidden = torch.cat([embeds[0][:, :shared], *(prompt[:, shared:] for prompt in embeds)], dim=1)
     along = torch.cat([positions[0][:, :shared], *(prompt[:, shared:] for prompt in positions)], dim=1)
-    part = torch.repeat_interleave(torch.arange(len(embeds) + 1), torch.tensor([shared, *lengths])).to(device)
+    part = _parts([shared, *lengths]).to(device)
     visible = ((part == 0) | (part.unsqueeze(1) == part)).tril_()
     mask = additive_mask(visible, dtype)
     rotation = model.compute_freqs_cis(along.to(device), device)

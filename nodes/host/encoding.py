@@ -191,10 +191,11 @@ class Encoder:
         return pic.to_pil(to_rgb(picture)[0])
 
     def _reference(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return self.vae.encode(self._once(self._resized, picture, size))
+        device = getattr(self.vae, "device", "cpu")  # there as 8-bit; what the VAE does before it, it does there too
+        return self.vae.encode(pic.to_tensor(self._once(self._resized, picture, size), device))
 
-    def _resized(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return pic.to_tensor(pic.resize(self._once(self._original, picture), *size))
+    def _resized(self, picture: torch.Tensor, size: tuple[int, int]) -> Image.Image:
+        return pic.resize(self._once(self._original, picture), *size)
 
     def _small(self, picture: torch.Tensor) -> torch.Tensor:
         original = self._once(self._original, picture)

@@ -20,8 +20,9 @@ from comfy.text_encoders.qwen_image import Qwen25_7BVLIModel, QwenImageTEModel
 
 from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.quantize import QuantizedTensor
-from ...qwen_edit.qwen_vl import read_together, see
+from ...qwen_edit.qwen_vl import LAYOUTS, read_together, see
 from .clip import loaded_once
+from .memory import WHEN_FREED
 
 ACTIVATIONS = "qwen_edit_activations"  # attachment on the patcher: the dtype that prompts are encoded in
 
@@ -30,6 +31,8 @@ BFLOAT16_WEIGHTS = (torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torc
 
 # By the picture's id: the picture, so that its id stays its own, and its features and patch grid.
 Seen = dict[int, tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]]
+
+WHEN_FREED.append(LAYOUTS.clear)
 
 _METHODS = (
     (ClipTokenWeightEncoder, "encode_token_weights"),
@@ -173,8 +176,9 @@ def _look(visual: Any, pictures: list[torch.Tensor], seen: Seen, device: torch.d
     new = {id(picture): picture for picture in pictures if id(picture) not in seen}
     if not new:
         return
-    patches, grids = zip(*(qwen_vl.process_qwen2vl_images(picture) for picture in new.values()), strict=True)
-    features = see(visual, torch.cat(patches), torch.cat(grids), device, dtype)
+    made = [qwen_vl.process_qwen2vl_images(picture.to(device)) for picture in new.values()]
+    patches, grids = [p for p, _ in made], [grid.cpu() for _, grid in made]
+    features = see(visual, torch.cat(patches), torch.cat(grids), dtype)
     parts = features.split([len(p) // visual.spatial_merge_size**2 for p in patches])
     for picture, part, grid in zip(new.values(), parts, grids, strict=True):
         seen[id(picture)] = picture, (part, grid)
