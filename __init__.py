@@ -12,12 +12,12 @@ async def comfy_entrypoint():
         from comfy_api.latest import ComfyExtension
 
         from .nodes import NODES
-        from .nodes.host import canvas, doctor, perf_panel, status
+        from .nodes.host import canvas, collector, doctor, perf_panel, status
 
     class QwenEditFast(ComfyExtension):
         async def on_load(self):
-            for routes in (canvas, doctor, perf_panel, status):
-                routes.register()
+            for part in (canvas, collector, doctor, perf_panel, status):
+                part.register()
 
         async def get_node_list(self):
             return NODES

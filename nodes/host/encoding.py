@@ -191,8 +191,8 @@ class Encoder:
         return pic.to_pil(to_rgb(picture)[0])
 
     def _reference(self, picture: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        device = getattr(self.vae, "device", "cpu")  # there as 8-bit; what the VAE does before it, it does there too
-        return self.vae.encode(pic.to_tensor(self._once(self._resized, picture, size), device))
+        # 8 bits travel, and what ComfyUI does to the picture before its VAE is done there too
+        return self.vae.encode(pic.to_tensor(self._once(self._resized, picture, size), self.vae.device))
 
     def _resized(self, picture: torch.Tensor, size: tuple[int, int]) -> Image.Image:
         return pic.resize(self._once(self._original, picture), *size)

@@ -176,3 +176,11 @@ def test_resident_memory_levels_off(client, graph):
     assert last["threads"] <= first["threads"] + 2
     assert last["loras"] == first["loras"]
     assert {k: len(v) for k, v in last["shells"].items()} == {k: len(v) for k, v in first["shells"].items()}
+
+
+def test_the_collector_passes_over_what_imports_made_and_over_no_model(client, graph):
+    edited(client, graph)
+    seen = look(client)
+    assert seen["collector"]["aside"] > 300_000
+    assert seen["collector"]["looks at"] < seen["collector"]["aside"] / 2
+    assert seen["shells"]["QwenEditModel"]  # found among what it looks at

@@ -75,6 +75,7 @@ async def look(request):
             "rss": psutil.Process().memory_info().rss,
             "modules": sorted(n for n in ("diffusers", "transformers", "peft", "accelerate") if n in sys.modules),
             "cuda": torch.cuda.is_initialized(),
+            "collector": {"aside": gc.get_freeze_count(), "looks at": len(gc.get_objects())},
         }
     )
 
