@@ -58,6 +58,8 @@ EDIT = {"preprocess": 30.0, "denoise": 900.0, "decode": 50.0, "host": 20.0}
     [
         ("loading", record({"load": 9000.0, "denoise": 2000.0, "host": 10.0}, cold=True)),
         ("encoding", record({"preprocess": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3)),
+        ("native_encoding", record({"preprocess": 600.0, "denoise": 300.0}, steps=[70.0] * 3, native_encoding=True)),
+        ("native_forward", record(EDIT, steps=[22.0] * 39, first=22.0, true_cfg_scale=4.0, native_forward=True)),
         ("decoding", record({"decode": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3)),
         ("saving", record({"save": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3)),
         ("host", record({"denoise": 300.0, "host": 600.0}, steps=[70.0] * 3)),
@@ -67,6 +69,7 @@ EDIT = {"preprocess": 30.0, "denoise": 900.0, "decode": 50.0, "host": 20.0}
         ("guidance", record(EDIT, steps=[22.0] * 39, first=22.0, true_cfg_scale=4.0)),
         ("many_steps", record(EDIT, steps=[15.0] * 59, first=15.0, true_cfg_scale=5.0)),
         ("cpu", record(EDIT, steps=[22.0] * 39, first=22.0, true_cfg_scale=4.0, device="cpu", busy=None)),
+        ("cpu", record(EDIT, steps=[22.0] * 39, first=22.0, native_forward=True, device="cpu", busy=None)),
         ("idle_card", record(EDIT, steps=[220.0] * 3, first=220.0, busy=30.0)),
         ("fine", record(EDIT, steps=[220.0] * 3, first=220.0, true_cfg_scale=1.0)),
         ("cached", record({"save": 10.0, "host": 5.0})),

@@ -24,6 +24,8 @@ from ...qwen_edit import perf
 from .perf_panel import NAME, log_path, send
 
 NODE = "QwenEditPerfLogger"
+COMFYUI_ENCODES = {"TextEncodeQwenImageEdit", "TextEncodeQwenImageEditPlus"}
+FAST_FORWARD = {"QwenEditLoader", "QwenEditAccelerate"}
 POLL_S = 0.05
 SAMPLE_EVERY = 4  # polls between two looks at the machine
 # A finished prompt that is in neither the queue nor the history: the history was cleared in between.
@@ -178,9 +180,14 @@ def _asks_for_text(node: dict) -> bool:
     return node["class_type"] == NODE and node["inputs"].get("include_text") is True
 
 
-def _native_facts(nodes) -> dict[str, float]:
-    """Steps and guidance of ComfyUI's KSampler, where its widgets say them."""
-    found = {}
+def _native_facts(nodes) -> dict[str, float | bool]:
+    """Steps and guidance of ComfyUI's KSampler, where its widgets say them, and which of our parts an edit does without."""
+    found: dict[str, float | bool] = {}
+    kinds = {node["class_type"] for node in nodes}
+    if kinds & COMFYUI_ENCODES:
+        found["native_encoding"] = True
+        if not kinds & FAST_FORWARD:
+            found["native_forward"] = True
     for node in nodes:
         if node["class_type"] in ("KSampler", "KSamplerAdvanced"):
             for name, fact in (("steps", "steps"), ("cfg", "true_cfg_scale")):

@@ -40,7 +40,7 @@ The record, one JSON object per line of the log:
                     device_mib (torch's allocator) is null without a CUDA device
     graph           a fingerprint of the node types of the prompt, to find runs of the same graph
     facts           what was sampled and how, as far as it is known: {steps, true_cfg_scale, attention,
-                    attention_fell_back, precision, streamed}
+                    attention_fell_back, precision, streamed, native_encoding, native_forward: by ComfyUI's nodes}
     taps            [{label, node_id, at_ms}] of the logger nodes, in order
     device          {name, total_mib, peak_mib (allocator), used_mib_max, utilisation_mean, utilisation_max
                     (percent, NVML), utilisation_missing (why)}

@@ -9,7 +9,8 @@ import urllib.error
 import numpy as np
 import pytest
 from array_client import ArrayClient, from_file
-from comfy_host import PACK_NAME
+from comfy_host import PACK_NAME, Host
+from comfy_process import run_in_comfyui
 from comfy_server import ComfyServer
 from edits import changed, fresh, picture, small_edit
 from graphs import Graph, node
@@ -141,6 +142,39 @@ def test_ksampler_and_its_steps_are_measured(client: ArrayClient, server: ComfyS
     assert sampler["steps"]["source"] == "progress"
     assert sampler["steps"]["count"] == 4
     assert record["facts"] == {"steps": 4, "true_cfg_scale": 2.5}
+
+
+def test_comfyuis_own_encoding_is_named(client: ArrayClient, server: ComfyServer):
+    graph = fresh(small_edit(client))
+    for name, prompt in (("positive", "make it black and white"), ("negative", " ")):
+        inputs = {"clip": ["loader", 1], "vae": ["loader", 2], "image1": ["fresh", 0]}
+        graph[name] = node("TextEncodeQwenImageEditPlus", prompt=prompt, **inputs)
+        graph["sampler"]["inputs"][name] = [name, 0]
+    result = client.run(reported(graph), timeout_s=120)
+    facts = log_line(server, result.prompt_id)["facts"]
+    assert facts["native_encoding"] is True
+    assert "native_forward" not in facts  # the loader's MODEL has ours
+
+
+FACTS = """
+import json
+from pack.nodes.host.perf import _native_facts
+kinds = {
+    "native": ["UNETLoader", "TextEncodeQwenImageEditPlus", "KSampler"],
+    "accelerated": ["UNETLoader", "QwenEditAccelerate", "TextEncodeQwenImageEditPlus", "KSampler"],
+    "another model": ["UNETLoader", "CLIPTextEncode", "KSampler"],
+}
+graphs = {name: [{"class_type": kind, "inputs": {}} for kind in graph] for name, graph in kinds.items()}
+print("RESULT", json.dumps({name: _native_facts(graph) for name, graph in graphs.items()}))
+"""
+
+
+def test_comfyuis_own_forward_is_known_by_its_graph(host: Host):
+    assert json.loads(run_in_comfyui(host, FACTS).split("RESULT", 1)[1]) == {
+        "native": {"native_encoding": True, "native_forward": True},
+        "accelerated": {"native_encoding": True},
+        "another model": {},
+    }
 
 
 def test_the_route_hands_out_runs_and_downloads_but_no_texts(client: ArrayClient, server: ComfyServer):
