@@ -14,7 +14,7 @@ W is kept in one of two ways, which give the same bits:
 
 import weakref
 from collections.abc import Hashable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -55,9 +55,10 @@ class HostMemory(Protocol):
 
 @dataclass(frozen=True)
 class _Changed:
-    """An operand as it was. ``kept``: its weight in RAM, where the sum is written over it."""
+    """An operand as it was. ``weight``: its memory; ``kept``: the same in RAM, where the sum is written over it."""
 
     op: Operand
+    weight: torch.Tensor
     kept: torch.Tensor | None
 
 
@@ -84,7 +85,7 @@ class FusedLoras:
     @property
     def nbytes(self) -> int:
         """What is on the card besides the weights."""
-        return sum(_nbytes(changed.op) for changed in self._changed if changed.kept is None)
+        return sum(_nbytes(changed.weight) for changed in self._changed if changed.kept is None)
 
     @property
     def in_ram(self) -> bool:
@@ -117,24 +118,24 @@ class FusedLoras:
 
     def _fuse(self, op: Operand, adapters: Sequence[Sequence[Adapter]], host: HostMemory | None) -> None:
         assert op.weight is not None
-        kept = None
+        weight, kept = op.weight.detach(), None  # a parameter itself would follow what is put into it
         if host is not None:
             kept = self._kept.get(op.modules)
             if kept is None:
-                kept = host.like(op.weight).copy_(op.weight, non_blocking=True)
+                kept = host.like(weight).copy_(weight, non_blocking=True)
                 self._kept[op.modules] = kept
-        target = op.weight if host is not None else _alike(op.weight)
+        target = weight if host is not None else _alike(weight)
         scale = None if op.scale is None else torch.empty_like(op.scale)
-        self._changed.append(_Changed(op, kept))  # from here on the weight is no longer sure to be W
-        sources = op.weight.split(op.widths)
-        results = sources if target is op.weight else target.split(op.widths)
+        self._changed.append(_Changed(op, weight, kept))  # from here on the weight is no longer sure to be W
+        sources = _parts(weight, op)
+        results = sources if target is weight else _parts(target, op)
         if op.scale is None or scale is None:
             for source, each, out in zip(sources, adapters, results, strict=True):
                 _add_to_float(source, each, out)
             put_weights(op.modules, results)
             return
         kernels = self._model.kernels or REFERENCE
-        scales = zip(op.scale.split(op.widths), scale.split(op.widths), strict=True)
+        scales = zip(_parts(op.scale, op), _parts(scale, op), strict=True)
         for source, each, out, (before, after) in zip(sources, adapters, results, scales, strict=True):
             _add_to_quantized(source, before, each, out, after, kernels)
         _put(op, target, scale)
@@ -146,9 +147,8 @@ class FusedLoras:
             return
         for changed in self._changed:
             if changed.kept is not None:
-                assert changed.op.weight is not None
-                changed.op.weight.copy_(changed.kept, non_blocking=True)
-            _put(changed.op, changed.op.weight, changed.op.scale)
+                changed.weight.copy_(changed.kept, non_blocking=True)
+            _put(changed.op, changed.weight, changed.op.scale)
         self._changed.clear()
         self.key, self.modules = None, frozenset()
         self._forget_channels()
@@ -184,8 +184,7 @@ def _operands(model, adapters: Adapters) -> Iterator[Operand]:
         joined = packed(each) if len(each) > 1 else each[0]
         for op in each if joined is None else [joined]:
             if any(module in adapters for module in op.modules) and _takes(op):
-                assert op.weight is not None
-                yield replace(op, weight=op.weight.detach())  # a parameter itself would follow what is put into it
+                yield op
 
 
 def _takes(op: Operand) -> bool:
@@ -197,21 +196,30 @@ def _takes(op: Operand) -> bool:
     return op.weight.dtype in QUANTIZED_MAX and one_scale_a_row
 
 
-def _nbytes(op: Operand) -> int:
-    assert op.weight is not None
-    return len(op.weight) * op.weight.stride(0) * op.weight.element_size()
+def _nbytes(weight: torch.Tensor) -> int:
+    return len(weight) * weight.stride(0) * weight.element_size()
+
+
+# A fuse is 720 of these, which the processor has to ask for faster than the card adds.
+
+
+def _parts(tensor: torch.Tensor, op: Operand) -> Sequence[torch.Tensor]:
+    """The rows of each module."""
+    return (tensor,) if len(op.widths) == 1 else tensor.split(op.widths)
 
 
 def _alike(weight: torch.Tensor) -> torch.Tensor:
     """Memory of the same shape and row stride: what follows the columns may be used, too."""
-    return weight.new_empty((len(weight), weight.stride(0)))[:, : weight.shape[1]]
+    rows, columns = weight.shape
+    stride = weight.stride(0)
+    return weight.new_empty((rows, stride)) if stride == columns else weight.new_empty((rows, stride))[:, :columns]
 
 
-def _put(op: Operand, weight: Any, scale: torch.Tensor | None) -> None:
+def _put(op: Operand, weight: torch.Tensor, scale: torch.Tensor | None) -> None:
     if scale is None:
-        put_weights(op.modules, weight.split(op.widths))
+        put_weights(op.modules, _parts(weight, op))
         return
-    for module, data, its_scale in zip(op.modules, weight.split(op.widths), scale.split(op.widths), strict=True):
+    for module, data, its_scale in zip(op.modules, _parts(weight, op), _parts(scale, op), strict=True):
         assert isinstance(module.weight, QuantizedTensor)
         replace_parts(module.weight, data, its_scale)
 
