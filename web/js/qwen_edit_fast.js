@@ -3,12 +3,14 @@
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
-import { showMarks } from "./marks.js";
+import { linesOf, showMarks } from "./marks.js";
+import { inOwnWords } from "./sentences.js";
 import { text } from "./texts.js";
 
 const REPORT = "report";
 const lineHeight = () => (LiteGraph.vueNodesMode ? 15 : 12);
 const CHARACTER_WIDTH = 6;
+const width = (line) => line.replace(/[\u2e80-\uffff]/g, "  ").length; // in characters; Chinese ones are twice as wide
 const PADDING = 26;
 const EXAMPLES = ["astronaut", "cat", "coffee", "rocket"].map((name) => `qwen_edit_${name}.png`);
 const uploaded = new Set();
@@ -32,7 +34,7 @@ function reportWidget(node) {
 }
 
 function showReport(node, lines) {
-  const said = [lines].flat().filter(Boolean).join("\n");
+  const said = linesOf(lines).map(inOwnWords).join("\n");
   if (!said && !node.widgets?.some((widget) => widget.name === REPORT)) return;
   const widget = reportWidget(node);
   widget.value = said;
@@ -45,10 +47,10 @@ function showReport(node, lines) {
   const columns = Math.max(20, (node.size[0] - 40) / CHARACTER_WIDTH);
   const rows = said
     .split("\n")
-    .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(line.length / columns))), 0);
+    .reduce((sum, line) => sum + (table ? 1 : Math.max(1, Math.ceil(width(line) / columns))), 0);
   widget.reportHeight = rows * lineHeight() + PADDING;
-  const [width, height] = node.computeSize();
-  node.setSize([Math.max(node.size[0], width), Math.max(node.size[1], height)]);
+  const least = node.computeSize();
+  node.setSize([0, 1].map((side) => Math.max(node.size[side], least[side])));
   app.graph.setDirtyCanvas(true, true);
 }
 

@@ -1,9 +1,12 @@
-// The words of badges, marks and messages, in the language of the user: locales/*/main.json, as the server serves it.
+// The words of badges, marks, messages and reports, in the language of the user: locales/*/main.json, as the server serves it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
+import { learn } from "./sentences.js";
 
 let texts = {};
+
+const sentences = ({ qwenEditFast, qwenEditPerf }) => ({ ...qwenEditFast.sentences, ...qwenEditPerf.advice });
 
 // Once, before the first node is made.
 export async function loadTexts() {
@@ -11,6 +14,7 @@ export async function loadTexts() {
   const all = answer.ok ? await answer.json() : {};
   const language = app.extensionManager.setting.get("Comfy.Locale");
   const own = [all.en?.qwenEditFast, all[language]?.qwenEditFast].filter(Boolean);
+  if (language !== "en" && own.length === 2) learn(...[all.en, all[language]].map(sentences));
   texts = Object.assign({}, ...own.flatMap(({ badges, findings, accelerate }) => [badges, findings, accelerate]));
 }
 

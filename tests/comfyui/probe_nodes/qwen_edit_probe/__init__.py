@@ -50,6 +50,11 @@ def pack_module(name: str):
     return next((m for key, m in list(sys.modules.items()) if key.endswith(f".nodes.host.{name}")), None)
 
 
+def _is_made(shell) -> bool:
+    """Not a transformer that was refused half-way, while ComfyUI still holds the error."""
+    return type(shell).__name__ != "QwenEditModel" or hasattr(shell, "diffusion_model")
+
+
 @PromptServer.instance.routes.get("/qwen_edit_probe")
 async def look(request):
     gc.collect()
@@ -57,7 +62,7 @@ async def look(request):
     loaded = [entry.model for entry in comfy.model_management.current_loaded_models]
     shells = {}
     for thing in gc.get_objects():
-        if type(thing).__name__ in ("QwenEditModel", "FolderTextModel", "ResidentLora"):
+        if type(thing).__name__ in ("QwenEditModel", "FolderTextModel", "ResidentLora") and _is_made(thing):
             shells.setdefault(type(thing).__name__, []).append(thing.is_empty)
     return web.json_response(
         {
