@@ -21,6 +21,8 @@ from training.data import held_out_photograph
 from training.instructions import EXACT, psnr
 from training.pipeline import load_reference_pipeline, reference_area
 
+pytestmark = pytest.mark.slow
+
 FOLDER = Path(__file__).parents[1] / "demo_model"
 SIDE = 128
 CASES = [("chelsea", "grey"), ("astronaut", "posterize")]

@@ -7,7 +7,7 @@ import pytest
 from comfy_process import run_in_comfyui
 from native_clip import SMALL_NATIVE_CLIP
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 DEMO = Path(__file__).parents[2] / "demo_model"
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from stored_files import write
 from test_faults import DEMO
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 # Enough of the encoder for ComfyUI to know it by; it leaves the rest of the 7 B as it is allocated, untouched.
 ENCODER = "text_encoders.qwen25_7b.transformer."

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from test_faults import BAD_FILES, switch_inputs, with_picture
 from test_lora import RANK, lora_state
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 
 # LoRA files

@@ -18,7 +18,7 @@ from qwen_edit.transformer import QwenEditTransformer
 pytest.importorskip("gguf")
 import gguf_files
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 ROUNDING = 1.01 / 255
 TARGETS = ("attn.to_q", "attn.to_out.0", "img_mlp.net.2", "img_mod.1")

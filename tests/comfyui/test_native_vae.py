@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from comfy_process import run_in_comfyui, save_comfyui_vae
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 DEMO = Path(__file__).parents[2] / "demo_model"
 TOLERANCE = 5e-6  # |ours - ComfyUI's| / |ComfyUI's|; rounding alone gives up to 2e-6

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from qwen_edit.recipes import PRESETS
 from training.pipeline import load_reference_pipeline, reference_area
 
+pytestmark = pytest.mark.slow
+
 DEMO = Path(__file__).parents[2] / "demo_model"
 SEED = 11
 LATENT_TOLERANCE = 1e-5

@@ -9,7 +9,7 @@ from comfy_process import run_in_comfyui
 from safetensors.torch import save_file
 from stored_files import VARIANTS, float_state, write
 
-pytestmark = pytest.mark.server
+pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 CODE = """
 import json
