@@ -25,6 +25,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from .attention import Attend, KernelChoice, resolve
 from .extra_channels import ExtraChannels
 from .kernels import REFERENCE, FusedKernels, Modulation, Rows, Update, resolve_kernels
+from .known_operands import KnownOperands
 from .linear import (
     NO_ADAPTERS,
     RESIDENT,
@@ -41,6 +42,7 @@ from .linear import (
     unpacked_operand,
 )
 from .modulation import ModulationCache, ModulationTable, compute_table, makes_tables
+from .reference_cache import ReferenceCache
 from .rope import Grid, Positions, rope_table
 from .streaming import BlockStream
 
@@ -64,6 +66,7 @@ class Forward:
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
+        known: operands of earlier forwards, of weights that ``RESIDENT`` reads; None: they are looked at anew.
     """
 
     attend: Attend
@@ -75,15 +78,20 @@ class Forward:
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
     mlp_rows: int | None = None
+    known: KnownOperands | None = None
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        unpacked = joined = unpacked_operand(modules)
+        unpacked, joined = None, None if self.known is None else self.known.operand(modules)
+        if joined is None:
+            unpacked = joined = unpacked_operand(modules)
         if joined is None:
             operands = [operand(self.weights, m) for m in modules]
             joined = packed(operands) if len(operands) > 1 else operands[0]
             if joined is None:
                 return operands
+            if self.known is not None:
+                self.known.learn(modules, joined)
         if self.channels is not None:
             in_columns = self.spare_columns and unpacked is None
             joined = self.channels.extended(joined, self.adapters, in_columns)
@@ -91,6 +99,8 @@ class Forward:
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, Any]:
         """What the operation before these linears has to produce for them."""
+        if len(operands) == 1 and not self.adapters:  # as in nearly every forward
+            return {"quantize": operands[0].prologue, "keep": False, "room": 0}
         wanted = {o.prologue for o in operands}
         quantize = next((p for p in wanted if p is not None), None)
         added = any(m in self.adapters for o in operands if o.channels is None for m in o.modules)
@@ -169,38 +179,46 @@ def block_forward(
     rope: tuple[torch.Tensor, torch.Tensor],
     mask: torch.Tensor | None,
     output_tokens: int | None = None,
-) -> None:
+    kept: torch.Tensor | None = None,
+) -> torch.Tensor:
     """One double-stream block; both streams are changed.
 
     Args:
         modulations: of a stream (``IMAGE`` or ``TEXT``), around attention and around the MLP.
         rope: the rotary tables ``[2, L, D / 2]`` of both streams.
         output_tokens: in the last block: only these leave it, so nothing else is computed after the keys and values.
+        kept: keys and values ``[B, Lr, 2, heads, D]`` of tokens that are attended to but are not in the streams.
+
+    Returns:
+        The keys and values of all tokens ``[B, L, 2, heads, D]``: text, image, kept.
     """
     attn = block.attn
     (image_first, image_second), (text_first, text_second) = modulations(IMAGE), modulations(TEXT)
     batch, text_tokens, channels = text.x.shape
     tokens = text_tokens + image.x.shape[1]
     heads = attn.heads
-    joint = image.x.new_empty((batch, tokens, 3, heads, channels // heads))
+    joint = image.x.new_empty((batch, tokens + (0 if kept is None else kept.shape[1]), 3, heads, channels // heads))
 
     text_linears = (attn.add_q_proj, attn.add_k_proj, attn.add_v_proj)
     text_norms = (attn.norm_added_q, attn.norm_added_k)
     image_linears, image_norms = (attn.to_q, attn.to_k, attn.to_v), (attn.norm_q, attn.norm_k)
-    into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:]
+    into_text, into_image = joint[:, :text_tokens], joint[:, text_tokens:tokens]
     _project(forward, text, block.txt_norm1, text_first, text_linears, text_norms, rope[TEXT], into_text)
     _project(forward, image, block.img_norm1, image_first, image_linears, image_norms, rope[IMAGE], into_image)
+    if kept is not None:
+        joint[:, tokens:, 1:] = kept
     q, k, v = joint.unbind(2)
     if output_tokens is not None:
         image.x = image.x[:, :output_tokens]
         image_out = forward.attend(q[:, text_tokens : text_tokens + output_tokens], k, v, mask).flatten(2)
     else:
-        out = forward.attend(q, k, v, mask).flatten(2)
+        out = forward.attend(q[:, :tokens], k, v, mask).flatten(2)
         text_out, image_out = out[:, :text_tokens], out[:, text_tokens:]
         text.add(_multiply_one(forward, attn.to_add_out, text_out.flatten(0, 1), text.x.dtype), text_first)
         _mlp(forward, text, block.txt_norm2, block.txt_mlp, text_second)
     image.add(_multiply_one(forward, attn.to_out[0], image_out.flatten(0, 1), image.x.dtype), image_first)
     _mlp(forward, image, block.img_norm2, block.img_mlp, image_second)
+    return joint[:, :, 1:]
 
 
 def denoise(
@@ -217,6 +235,7 @@ def denoise(
     modulation: ModulationCache | None = None,
     modulation_key: Hashable = None,
     schedule: Sequence[float] = (),
+    references: ReferenceCache | None = None,
 ) -> torch.Tensor:
     """Velocity of the output tokens.
 
@@ -231,20 +250,30 @@ def denoise(
         text_mask: ``[B, Lt]``, True where a text token counts; None when all do (faster).
         modulation: tables of earlier calls, and where this call's is kept; ``modulation_key`` names the weights and
             adapters they were made with, ``schedule`` the timesteps worth computing together.
+        references: where the reference tokens' keys and values come from if it is complete, and are left otherwise; None:
+            they are computed and forgotten.
 
     Returns:
         ``[B, output tokens, 64]``.
     """
     output_tokens = grids[0][0] * grids[0][1]
+    reference_tokens = latents.shape[1] - output_tokens
+    reused = references is not None and references.complete
+    if reused:
+        latents = latents[:, :output_tokens]
+    elif references is not None:
+        references.begin()
     image = Stream(forward.plain(model.img_in, latents))
     encoded = Stream(forward.plain(model.txt_in, model.txt_norm(text)))
     times = timestep.tolist()  # waits for the device if it is there
     table = _modulation_table(model, times, image.x, forward, modulation, modulation_key, schedule)
     rows = table.rows(times, [0.0] * len(times) if zero_cond_t else times)
     text_rope, image_rope = rope_table(grids, text.shape[1], axes_dims, forward.positions, image.x.device)
+    image_rope = image_rope[:, :output_tokens].contiguous() if reused else image_rope
     mask = None
     if text_mask is not None:
-        every_image_token = text_mask.new_ones((text_mask.shape[0], image.x.shape[1]), dtype=torch.bool)
+        image_tokens = output_tokens + reference_tokens
+        every_image_token = text_mask.new_ones((text_mask.shape[0], image_tokens), dtype=torch.bool)
         mask = torch.cat([text_mask.bool(), every_image_token], dim=1)[:, None, None, :]
 
     last = len(model.transformer_blocks) - 1
@@ -252,10 +281,14 @@ def denoise(
         if forward.before_block is not None:
             forward.before_block(index)
         modulations = partial(_halves, table, index, rows, output_tokens, text.shape[1])
-        block_forward(
+        keys_and_values = block_forward(
             forward, block, image, encoded, modulations, (image_rope, text_rope), mask,
             output_tokens if index == last else None,
+            references.blocks[index] if references is not None and reused else None,
         )  # fmt: skip
+        if references is not None and not reused:
+            references.keep(keys_and_values[:, -reference_tokens:], last + 1)
+        del keys_and_values
         forward.weights.release()
 
     final = Modulation(table.final, rows, output_tokens)
@@ -285,7 +318,8 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     resolved from the device on the first call. Setting ``modulation`` to a ``ModulationCache`` keeps the modulation of
     timesteps seen before; the weights must then stay as they are. ``adapters`` are the active LoRAs; with ``channels``
     they cost less, and the weights' memory becomes larger by their size. ``stream`` brings the blocks that are to stay in
-    RAM; adapters are then added to the results, except to those of int8 weights.
+    RAM; adapters are then added to the results, except to those of int8 weights. ``references`` is where the next forward
+    takes the reference tokens from, or leaves them.
     """
 
     attention: KernelChoice | None = None
@@ -294,6 +328,8 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
     adapters: Adapters = NO_ADAPTERS
     channels: ExtraChannels | None = None
     stream: BlockStream | None = None
+    references: ReferenceCache | None = None
+    known: KnownOperands | None = None
 
     def forward(
         self,
@@ -324,6 +360,8 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             self.attention = resolve("auto", device, dtype, self.config.attention_head_dim)
         if self.kernels is None:
             self.kernels = resolve_kernels(device, dtype)
+        if self.known is None:
+            self.known = KnownOperands()
         stream = self.stream or BlockStream(self.transformer_blocks)
         forward = Forward(
             self.attention.attend,
@@ -332,6 +370,7 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
             channels=self.channels,
             spare_columns=not stream.streamed,
             before_block=stream.before_block,
+            known=self.known,
         )
         with stream:
             sample = denoise(
@@ -345,5 +384,6 @@ class QwenEditTransformer(QwenImageTransformer2DModel):
                 zero_cond_t=self.config.zero_cond_t,
                 text_mask=encoder_hidden_states_mask,
                 modulation=self.modulation,
+                references=self.references,
             )
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)

@@ -17,6 +17,7 @@ from ...qwen_edit.extra_channels import ExtraChannels
 from ...qwen_edit.filling import fill
 from ...qwen_edit.fused_lora import FusedLoras
 from ...qwen_edit.kernels import FusedKernels
+from ...qwen_edit.known_operands import KnownOperands
 from ...qwen_edit.linear import RESIDENT, WeightReader
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.packed import keep_packed, unpatch
@@ -48,6 +49,7 @@ class HostTransformer(QwenEditTransformer):
     weights_version: object = None  # changes with the patches in the weights
     channels: ExtraChannels | None = None  # None: LoRAs are added to the results
     weights: WeightReader = RESIDENT
+    known: KnownOperands
     stream: BlockStream  # of the blocks that stay in RAM between their turns
     fused: FusedLoras
     host_memory: PinnedMemory  # where the weights are kept while LoRAs are in them, if the card has no room
@@ -145,6 +147,7 @@ class HostTransformer(QwenEditTransformer):
                 spare_columns=not stream.streamed and not self.fused.in_ram,
                 positions=transformer_options.get(POSITIONS, "comfyui"),
                 before_block=stream.before_block,
+                known=self.known,
             )
             return run_forward(
                 self,
@@ -232,6 +235,7 @@ class QwenEditModel(comfy.model_base.QwenImage):
         self.diffusion_model.kernels = kernels
         self.diffusion_model.precision = precision
         self.diffusion_model.modulation = ModulationCache()
+        self.diffusion_model.known = KnownOperands()
         self.diffusion_model.stream = BlockStream(self.diffusion_model.transformer_blocks, PinnedBlocks())
         self.offload: Offload = offload
         self.sizes = Sizes.of(self.diffusion_model)
