@@ -6,6 +6,7 @@ from .encode import QwenEditEncode
 from .loader import QwenEditLoader
 from .lora import QwenEditLoraSwitch
 from .perf import QwenEditPerfLogger, QwenEditPerfReport
+from .references import QwenEditReferenceCache
 from .resize import QwenEditRestoreSize, QwenEditSmartResize
 from .sampler import QwenEditSampler, QwenEditStepPreset
 from .sweep import QwenEditStepSweep
@@ -23,4 +24,5 @@ NODES = [
     QwenEditBatch,
     QwenEditPerfReport,
     QwenEditStepSweep,
+    QwenEditReferenceCache,
 ]

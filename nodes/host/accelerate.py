@@ -102,11 +102,9 @@ def lora_target(model) -> LoraTarget:
     transformer = model.get_model_object("diffusion_model")
     if isinstance(transformer, HostTransformer):
         return LoraTarget({k: v for k, v in transformer.config.items() if not k.startswith("_")}, transformer.dtype)
-    if not model.get_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY):
-        raise ValueError(
-            f"{INPUT} This MODEL does not run our forward, which alone applies these LoRAs. Put Qwen Edit Accelerate before"
-            " this node, load the model with Qwen Edit Loader, or use ComfyUI's own LoRA loader."
-        )
+    require_our_forward(
+        model, "applies these LoRAs", "load the model with Qwen Edit Loader, or use ComfyUI's own LoRA loader"
+    )
     head_dim = transformer.transformer_blocks[0].attn.dim_head
     config = {
         "patch_size": transformer.patch_size,
@@ -119,6 +117,22 @@ def lora_target(model) -> LoraTarget:
         "axes_dims_rope": tuple(transformer.pe_embedder.axes_dim),
     }
     return LoraTarget(config, model.model.get_dtype_inference())
+
+
+def require_our_forward(model, does: str, instead: str) -> None:
+    """
+    Args:
+        does, instead: for the message: what our forward alone does, what else can be done.
+
+    Raises:
+        ValueError: the MODEL is neither our loader's nor accelerated.
+    """
+    ours = isinstance(model.get_model_object("diffusion_model"), HostTransformer)
+    if not ours and not model.get_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY):
+        raise ValueError(
+            f"{INPUT} This MODEL does not run our forward, which alone {does}. Put Qwen Edit Accelerate before this node,"
+            f" {instead}."
+        )
 
 
 def quantized_form(transformer) -> str | None:

@@ -9,8 +9,9 @@ import comfy.model_management
 import torch
 
 from ...qwen_edit.errors import MEMORY
+from ...qwen_edit.reference_cache import ReferenceCache
 from ...qwen_edit.transformer import Forward, denoise
-from . import notes
+from . import notes, reference_cache
 
 STEPS = "qwen_edit_steps"  # key in transformer_options: our sampler's KnownSteps
 ROWS_WHEN_SHORT = 2048
@@ -48,18 +49,21 @@ def run_forward(
     rounded = latents[0].dtype if forward.positions == "diffusers" else None
     timestep, schedule = _known_times(timesteps, transformer_options, rounded)
 
-    def run(forward: Forward, items: slice = slice(None)) -> torch.Tensor:
+    def run(forward: Forward, items: slice = slice(None), references: ReferenceCache | None = None) -> torch.Tensor:
         packed = torch.cat([t[items] for t in tokens], dim=1)
         mask = None if attention_mask is None else attention_mask[items]
-        options: dict[str, Any] = {"text_mask": mask, "schedule": schedule, **of_the_model}
+        options: dict[str, Any] = {
+            "text_mask": mask, "schedule": schedule, "references": references, **of_the_model
+        }  # fmt: skip
         velocity = denoise(model, packed, timestep[items], context[items], grids, forward, **options)
         return _unpack(velocity, grids[0], latents[0][items].shape)
 
     try:
-        return run(forward)
+        return run(forward, references=reference_cache.cache_for(transformer_options, model, tokens, timestep))
     except Exception as e:
         _raise_unless_memory(e)  # the rest outside, so that the tensors of the failed run are free
     forward.weights.release()
+    reference_cache.give_up(transformer_options)
     comfy.model_management.soft_empty_cache()
     batch = len(latents[0])
     one_by_one = f"its {batch} pictures one by one and " if batch > 1 else ""

@@ -20,6 +20,7 @@ from .doctor import report
 from .facts import facts_of_model, log_run, run_facts
 from .forward import STEPS, KnownSteps
 from .model import HostTransformer, with_positions
+from .reference_cache import KEY as REFERENCES
 from .status import count
 
 
@@ -136,7 +137,8 @@ def joins(conditioning: list) -> tuple:
 
 def _timesteps_may_change(model) -> bool:
     """Whether somebody else's wrapper stands between the sampler and the forward, and could ask for another timestep."""
-    return "model_function_wrapper" in model.model_options or any(model.wrappers.values())
+    others = (key for by_key in model.wrappers.values() for key in by_key if key != REFERENCES)
+    return "model_function_wrapper" in model.model_options or any(True for _ in others)
 
 
 def _counted(callback, steps: KnownSteps):

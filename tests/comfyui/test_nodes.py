@@ -33,6 +33,7 @@ NODES = {
     "QwenEditBatch",
     "QwenEditPerfReport",
     "QwenEditStepSweep",
+    "QwenEditReferenceCache",
 }
 
 

@@ -1,0 +1,100 @@
+"""QwenEditReferenceCache on the real server: our MODEL and an accelerated one, our sampler and KSampler."""
+
+import numpy as np
+import pytest
+from array_client import ArrayClient
+from comfy_client import ExecutionFailed
+from edits import changed, edited, failure, picture, small_edit
+from graphs import node
+from test_accelerate import FAST, PLAIN, Samplings, difference, texts, weights  # noqa: F401 (a fixture)
+
+pytestmark = pytest.mark.server
+STEPS = 8
+
+
+def cached(graph: dict, tolerance: float) -> dict:
+    graph = changed(graph, "sampler", model=["cache", 0])
+    graph["cache"] = node("QwenEditReferenceCache", model=["loader", 0], tolerance=tolerance)
+    return graph
+
+
+def said(client: ArrayClient) -> list[str]:
+    return [text for _, text in texts(client) if text.startswith("Reference cache")]
+
+
+@pytest.fixture(scope="module")
+def client(server):
+    with ArrayClient(server.url) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def edit(client) -> dict:
+    return small_edit(client, picture(), picture(seed=5), steps=STEPS)
+
+
+@pytest.fixture(scope="module")
+def exact(client, edit) -> np.ndarray:
+    return edited(client, edit)
+
+
+def test_it_says_how_often_it_helped_and_changes_the_picture_a_little(client, edit, exact):
+    client.events.clear()
+    found = edited(client, cached(edit, 0.3))
+    (line,) = said(client)
+    reused, forwards = (int(word) for word in line.split() if word.isdigit())
+    assert forwards == 2 * STEPS  # with and without the instruction
+    assert 4 <= reused < forwards
+    assert 0 < np.abs(found - exact).max() < 0.15
+
+
+def test_a_tolerance_of_zero_is_exact(client, edit, exact):
+    client.events.clear()
+    assert np.array_equal(edited(client, cached(edit, 0.0)), exact)
+    assert said(client) == []
+
+
+def test_a_tolerance_smaller_than_any_step_changes_no_bit(client, edit, exact):
+    assert np.array_equal(edited(client, cached(edit, 0.001)), exact)
+
+
+def test_the_model_without_it_is_as_before(client, edit, exact):
+    edited(client, cached(edit, 0.5))
+    assert np.array_equal(edited(client, edit), exact)
+
+
+def test_twice_the_same(client, edit):
+    once, again = (edited(client, cached(edit, 0.3)) for _ in range(2))
+    assert np.array_equal(once, again)
+
+
+def test_behind_accelerate_with_ksampler(server, weights):  # noqa: F811
+    made = Samplings()
+    made.add("cache", "QwenEditReferenceCache", model=FAST, tolerance=0.3)
+    made.add("exact cache", "QwenEditReferenceCache", model=FAST, tolerance=0.001)
+    for name, model in (("without", FAST), ("with", ["cache", 0]), ("exact", ["exact cache", 0])):
+        made.sample(name, model, steps=6, cfg=3.0)
+    with ArrayClient(server.url) as client:
+        results = made.run(client, server)
+        lines = said(client)
+    assert difference(results["exact"], results["without"]) == 0
+    assert 1e-7 < difference(results["with"], results["without"]) < 0.1
+    assert len(lines) == 1
+
+
+def test_without_our_forward_it_is_refused(server, weights):  # noqa: F811
+    made = Samplings()
+    made.add("cache", "QwenEditReferenceCache", model=PLAIN, tolerance=0.1)
+    made.sample("refused", ["cache", 0])
+    with (
+        ArrayClient(server.url) as client,
+        pytest.raises(ExecutionFailed, match="Put Qwen Edit Accelerate before this node"),
+    ):
+        client.run(made.graph)
+
+
+@pytest.mark.parametrize("tolerance", ["nan", "-0.1", "1.5", "inf"])
+def test_a_linked_tolerance_out_of_range_is_refused(client, edit, tolerance):
+    graph = cached(edit, 0.1)
+    graph["number"] = node("ProbeNumber", text=tolerance)
+    assert "[QE_INPUT] tolerance is" in failure(client, changed(graph, "cache", tolerance=["number", 0]))
