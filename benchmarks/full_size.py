@@ -2,13 +2,18 @@
 
     python benchmarks/random_weights.py MODELS --comfyui PATH
     python benchmarks/full_size.py --comfyui PATH --models MODELS [--engines "pack fp8,native fp8"] [--name NAME]
+        [--text-encoder FILE] [--twice] [--budget SECONDS]
 
-Engines: the pack in bf16, and in fp8 quantized from the same bf16 file; ComfyUI's own nodes with the bf16 file and with
-a file in the form of the official fp8mixed one; the latter two with QwenEditAccelerate. Every edit has a new picture and
-a new prompt, so nothing is cached but the weights. "Lightning 4" runs 4 steps without guidance, as a checkpoint with
-Lightning fused does; "with LoRA" adds one of rank 64 on every linear of the blocks ("fused": in the weights, by the switch's mode). The first edit of each engine
-includes reading the weights ("cold"), the second shows what is left to warm up. All graphs hold a QwenEditPerfLogger,
-whose record gives stages and steps.
+Engines: "pack", this pack, in bf16, and in fp8, int8, w4a8 and w4a4 quantized from the same bf16 file, or with a file in
+int8_convrot, Q8_0 or Q4_K; "native", ComfyUI's own nodes with the bf16 file, one in the form of the official fp8mixed, or in
+int8_convrot; "accelerate", these with QwenEditAccelerate. Every edit has a new picture and a new prompt, so nothing is
+cached but the weights. "Lightning 4" runs 4 steps without guidance, as a checkpoint with Lightning fused does; "with LoRA" adds
+one of rank 64 on every linear of the blocks by the pack's switch ("fused": in the weights, by its mode) or ComfyUI's loader; "with LoRA
+switch" by the switch after QwenEditAccelerate. The first edit of each engine includes reading the weights ("cold"), the second
+shows what is left to warm up. All graphs hold a QwenEditPerfLogger, whose record gives stages and steps.
+
+``--twice`` runs the pack's first edit again at the end, with models and caches forgotten, and compares the pictures bit by
+bit. What ``--budget`` leaves no time for is skipped; the result is written after each engine.
 """
 
 import argparse
@@ -26,6 +31,7 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "scripts"), str(REPO / "tests" / "comfyui")]
 
 from array_client import ArrayClient
+from comfy_client import ExecutionFailed, PromptRejected, Result
 from comfy_host import Host
 from comfy_server import ComfyServer
 from environment import environment, keep
@@ -37,6 +43,12 @@ ENGINES = ("pack bf16", "pack fp8", "native bf16", "native fp8", "accelerate bf1
 PRESETS = {"standard": (40, 4.0), "Lightning 4": (4, 1.0)}
 WITH_LORA = ", with LoRA"
 FUSED = ", fused"  # the LoRA in the weights
+SWITCH = " switch"  # by QwenEditLoraSwitch where there is also ComfyUI's loader
+FUSIBLE = ("bf16", "fp8", "int8")
+BF16_FILE = "random_diffusion_models.safetensors"
+# Files that are quantized already; the pack runs them as they are stored.
+PACK_FILES = {"int8_convrot": "random_int8_convrot.safetensors", "Q8_0": "random_Q8_0.gguf", "Q4_K": "random_Q4_K.gguf"}
+NATIVE_FILES = {"bf16": BF16_FILE, "fp8": "random_fp8.safetensors", "int8_convrot": "random_int8_convrot.safetensors"}
 LORA = "random_rank64.safetensors"
 SLOTS = 4  # of QwenEditLoraSwitch
 
@@ -48,43 +60,42 @@ def picture(number: int, side: int) -> np.ndarray:
     return np.stack(waves, axis=-1) / 2 + 0.5
 
 
-def graph(engine: str, image: str, prompt: str, case: str, steps: int, side: int) -> dict[str, Any]:
+def graph(engine: str, image: str, prompt: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     kind, precision = engine.split()
-    preset = case.removesuffix(FUSED).removesuffix(WITH_LORA)
+    preset, _, how = case.partition(WITH_LORA)
     make = pack_graph if kind == "pack" else native_graph
-    workflow = make(image, prompt, preset, precision, steps, side)
+    workflow = make(image, prompt, preset, precision, options)
     model = {"pack": "load", "native": "unet", "accelerate": "unet"}[kind]
-    sampler = workflow["sample" if kind == "pack" else "shift"]["inputs"]
-    if WITH_LORA in case:
-        if kind == "pack":
-            switch = {"mode": "fused" if case.endswith(FUSED) else "auto"}
-            switch |= {f"strength_{slot}": 1.0 for slot in range(1, SLOTS + 1)}
-            switch |= {f"lora_{slot}": LORA if slot == 1 else "none" for slot in range(1, SLOTS + 1)}
-            workflow["lora"] = node("QwenEditLoraSwitch", model=[model, 0], **switch)
-        else:
-            workflow["lora"] = node("LoraLoaderModelOnly", model=[model, 0], lora_name=LORA, strength_model=1.0)
+    with_lora, by_switch = WITH_LORA in case, kind == "pack" or how == SWITCH
+    if with_lora and not by_switch:
+        workflow["lora"] = node("LoraLoaderModelOnly", model=[model, 0], lora_name=LORA, strength_model=1.0)
         model = "lora"
     if kind == "accelerate":
         workflow["accelerate"] = node("QwenEditAccelerate", model=[model, 0], attention="auto")
         model = "accelerate"
-    sampler["model"] = [model, 0]
+    if with_lora and by_switch:
+        switch: dict[str, Any] = {"mode": "fused" if how == FUSED else "auto"}
+        switch |= {f"strength_{slot}": 1.0 for slot in range(1, SLOTS + 1)}
+        switch |= {f"lora_{slot}": LORA if slot == 1 else "none" for slot in range(1, SLOTS + 1)}
+        workflow["lora"] = node("QwenEditLoraSwitch", model=[model, 0], **switch)
+        model = "lora"
+    workflow["sample" if kind == "pack" else "shift"]["inputs"]["model"] = [model, 0]
     return workflow
 
 
-def pack_graph(image: str, prompt: str, preset: str, precision: str, steps: int, side: int) -> dict[str, Any]:
-    del side  # the picture's own
+def pack_graph(image: str, prompt: str, preset: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     encode = {"clip": ["load", 1], "vae": ["load", 2], "prompt": prompt, "negative": " ", "width": 0, "height": 0}
     inputs = {"positive": ["encode", 0], "negative": ["encode", 1], "latent": ["encode", 2]}
-    overrides = {"steps": steps, "true_cfg_scale": 0.0, "shift": 0.0}
+    overrides = {"steps": options.steps, "true_cfg_scale": 0.0, "shift": 0.0}
     return {
         "image": node("LoadImage", image=image),
         "load": node(
             "QwenEditLoader",
-            model="random_diffusion_models.safetensors",
-            text_encoder="random_text_encoders.safetensors",
+            model=PACK_FILES.get(precision, BF16_FILE),
+            text_encoder=options.text_encoder,
             vae="random_vae.safetensors",
             profile="auto",
-            precision=precision,
+            precision="auto" if precision in PACK_FILES else precision,
             attention="auto",
             offload="auto",
             model_version="auto",
@@ -97,26 +108,25 @@ def pack_graph(image: str, prompt: str, preset: str, precision: str, steps: int,
     }
 
 
-def native_graph(image: str, prompt: str, preset: str, precision: str, steps: int, side: int) -> dict[str, Any]:
+def native_graph(image: str, prompt: str, preset: str, precision: str, options: argparse.Namespace) -> dict[str, Any]:
     """ComfyUI's own template for 2511, at the same number of steps and guidance."""
     encode = {"clip": ["clip", 0], "vae": ["vae", 0], "image1": ["image", 0]}
     sampler = {"sampler_name": "euler", "scheduler": "simple", "denoise": 1.0, "seed": 1}
     conditioning = {"positive": ["positive", 0], "negative": ["negative", 0], "latent_image": ["latent", 0]}
-    file = {"bf16": "random_diffusion_models.safetensors", "fp8": "random_fp8.safetensors"}[precision]
     return {
         "image": node("LoadImage", image=image),
-        "unet": node("UNETLoader", unet_name=file, weight_dtype="default"),
-        "clip": node("CLIPLoader", clip_name="random_text_encoders.safetensors", type="qwen_image", device="default"),
+        "unet": node("UNETLoader", unet_name=NATIVE_FILES[precision], weight_dtype="default"),
+        "clip": node("CLIPLoader", clip_name=options.text_encoder, type="qwen_image", device="default"),
         "vae": node("VAELoader", vae_name="random_vae.safetensors"),
         "positive": node("TextEncodeQwenImageEditPlus", prompt=prompt, **encode),
         "negative": node("TextEncodeQwenImageEditPlus", prompt=" ", **encode),
         "shift": node("ModelSamplingAuraFlow", model=["unet", 0], shift=3.1),
         "norm": node("CFGNorm", model=["shift", 0], strength=1.0),
-        "latent": node("EmptySD3LatentImage", width=side, height=side, batch_size=1),
+        "latent": node("EmptySD3LatentImage", width=options.side, height=options.side, batch_size=1),
         "sample": node(
             "KSampler",
             model=["norm", 0],
-            steps=steps or PRESETS[preset][0],
+            steps=options.steps or PRESETS[preset][0],
             cfg=PRESETS[preset][1],
             **conditioning,
             **sampler,
@@ -133,32 +143,51 @@ def after_sampling(latent: list, vae: list) -> dict[str, Any]:
     }
 
 
-def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespace, runs: list[dict[str, Any]]) -> None:
-    """Add all edits to ``runs``, one engine after the other. Times in seconds, from queueing to the finished prompt."""
+def cases(engine: str, options: argparse.Namespace) -> list[str]:
+    """What an engine runs, in this order."""
+    kind, precision = engine.split()
     quick = "Lightning 4"
-    plan = [quick, *[quick] * options.repeat, *["standard"] * options.standard_repeat]
-    for how in (WITH_LORA, WITH_LORA + FUSED):
-        plan += [quick + how] * (options.lora_repeat + 1 if options.lora_repeat else 0)
-    number = 0
+    plan = [quick] * (1 + options.repeat)
+    if kind != "accelerate" or options.accelerate_standard:
+        plan += ["standard"] * options.standard_repeat
+    ways = [WITH_LORA]
+    if kind == "pack" and precision in FUSIBLE:  # ComfyUI's loader puts a LoRA into the weights at all times
+        ways.append(WITH_LORA + FUSED)
+    if kind == "accelerate":
+        ways.append(WITH_LORA + SWITCH)
+    for way in ways if options.lora_repeat else ():
+        plan += [quick + way] * (options.lora_repeat + 1)
+    return plan
+
+
+def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespace, result: dict[str, Any]) -> None:
+    """Add all edits to ``result``, one engine after the other. Times in seconds, from queueing to the finished prompt."""
+    begin, number, first = time.perf_counter(), 0, None
     for engine in options.engines.split(","):
         seen: set[str] = set()
-        for case in plan:
-            if case == "standard" and engine.startswith("accelerate") and not options.accelerate_standard:
+        for case in cases(engine, options):
+            if options.budget and time.perf_counter() - begin > options.budget:
+                result["skipped"].append(f"{engine}, {case}")
                 continue
-            if case.endswith(FUSED) and not engine.startswith("pack"):
-                continue  # ComfyUI's loader puts a LoRA there at all times
             number += 1
             image = client.upload_array(picture(number, options.side))
-            prompt = f"change the colours, variant {number}"
-            workflow = graph(engine, image, prompt, case, options.steps, options.side)
+            workflow = graph(engine, image, f"change the colours, variant {number}", case, options)
             start = time.perf_counter()
-            prompt_id = client.queue(workflow)
-            client.wait(prompt_id, timeout_s=options.timeout)
+            try:
+                prompt_id = client.queue(workflow)
+                finished = client.wait(prompt_id, timeout_s=options.timeout)
+            except (ExecutionFailed, PromptRejected) as e:  # the other engines may run
+                result["failed"][f"{engine}, {case}"] = str(e)
+                print(f"{engine}, {case}: {e}", flush=True)
+                break
             seconds = time.perf_counter() - start
             record = perf_record(server, prompt_id)
+            if first is None and engine.startswith("pack"):
+                first = workflow, finished
             # the first edit reads weights, the first with a LoRA reads that
             cold = not seen or (WITH_LORA in case and case not in seen)
             seen.add(case)
+            runs = result["runs"]
             runs.append(
                 {"engine": engine, "preset": case, "cold": cold, "seconds": round(seconds, 3), "record": record}
             )
@@ -166,6 +195,26 @@ def measure(client: ArrayClient, server: ComfyServer, options: argparse.Namespac
             if len(seen) > 1 or cold or len(runs) % 2 == 0:
                 print(stage_table(record), flush=True)
         client.free()
+        save(options, result)
+    if result["skipped"]:
+        print(f"No time was left for {', '.join(dict.fromkeys(result['skipped']))}.", flush=True)
+    if options.twice and first is not None:
+        result["twice: the same bits"] = again(client, *first, options)
+
+
+def again(client: ArrayClient, workflow: dict[str, Any], before: Result, options: argparse.Namespace) -> bool:
+    """Whether an edit that ran before gives the same picture with everything loaded anew."""
+    while True:  # ComfyUI's worker can sleep through /free, and then answers from its cache
+        client.free()
+        time.sleep(2)
+        after = client.run(workflow, timeout_s=options.timeout)
+        if after.images() != before.images():
+            return all(map(np.array_equal, client.arrays(before), client.arrays(after)))
+
+
+def save(options: argparse.Namespace, result: dict[str, Any]) -> Path:
+    result["summary"] = summary(result["runs"])
+    return keep(options.name, result, options.results)
 
 
 def perf_record(server: ComfyServer, prompt_id: str) -> dict[str, Any]:
@@ -180,21 +229,23 @@ def perf_record(server: ComfyServer, prompt_id: str) -> dict[str, Any]:
 
 def summary(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Medians of the warm edits, the first edit, and each as a share of ComfyUI's own nodes in bf16. "decoded" is the time
-    until the picture is there: saving it as a PNG is ComfyUI's, takes a quarter of a second, and is the same for all."""
+    until the picture is there: saving it as a PNG is ComfyUI's, takes a quarter of a second, and is the same for all. "each" has all
+    edits."""
     rows = []
     for preset in dict.fromkeys(r["preset"] for r in runs):
         for cold in (False, True):
-            medians, decoded = {}, {}
+            medians, decoded, each = {}, {}, {}
             for engine in dict.fromkeys(r["engine"] for r in runs):
                 found = [r for r in runs if (r["engine"], r["preset"], r["cold"]) == (engine, preset, cold)]
                 if found:
+                    each[engine] = [r["seconds"] for r in found]
                     medians[engine] = round(statistics.median(r["seconds"] for r in found), 3)
                     decoded[engine] = round(statistics.median(map(until_decoded, found)), 3)
             base = medians.get("native bf16")
             shares = {engine: round(seconds / base, 3) for engine, seconds in medians.items()} if base else {}
             if medians:
                 row = {"preset": preset, "cold": cold, "seconds": medians, "decoded": decoded}
-                rows.append(row | {"over native bf16": shares})
+                rows.append(row | {"over native bf16": shares, "each": each})
     return rows
 
 
@@ -215,10 +266,15 @@ def main() -> None:
     parser.add_argument("--lora-repeat", type=int, default=2, help="warm edits with Lightning 4 and a LoRA")
     parser.add_argument("--engines", default=",".join(ENGINES))
     parser.add_argument("--accelerate-standard", action="store_true", help="standard also with QwenEditAccelerate")
+    parser.add_argument("--text-encoder", default="random_text_encoders.safetensors", help="file for all engines")
+    parser.add_argument("--twice", action="store_true", help="the pack's first edit again at the end: the same bits?")
+    parser.add_argument("--budget", type=float, default=0, help="seconds after which no edit begins; 0: no end")
     parser.add_argument("--timeout", type=float, default=600)
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--front-end-root", type=Path, help="for a ComfyUI without its front end package")
     options = parser.parse_args()
+    result: dict[str, Any] = {"benchmark": "full_size", "environment": environment(), "side": options.side}
+    result |= {"text encoder": options.text_encoder, "skipped": [], "failed": {}, "summary": [], "runs": []}
     with tempfile.TemporaryDirectory() as work:
         paths = Path(work, "models.yaml")
         kinds = {kind: kind for kind in ("diffusion_models", "text_encoders", "vae", "loras")}
@@ -228,23 +284,16 @@ def main() -> None:
             extra += ["--front-end-root", str(options.front_end_root)]
         host = Host(Path(sys.executable), options.comfyui.resolve())
         server = ComfyServer(host, Path(work, "server"), extra, cpu=options.cpu)
-        runs: list[dict[str, Any]] = []
         try:
             with server, ArrayClient(server.url) as client:
-                measure(client, server, options, runs)
+                measure(client, server, options, result)
                 print("\n".join(line for line in server.log_tail(400).splitlines() if "Qwen Edit Fast" in line))
         except Exception as e:  # what was measured until then is kept
             print(server.log_tail(60), file=sys.stderr)
-            print(f"Stopped after {len(runs)} edits: {e!r}", file=sys.stderr)
-    result = {
-        "benchmark": "full_size",
-        "environment": environment(),
-        "side": options.side,
-        "summary": summary(runs),
-        "runs": runs,
-    }
-    print(json.dumps(result["summary"], indent=1))
-    print(f"Wrote {keep(options.name, result, options.results)}")
+            print(f"Stopped after {len(result['runs'])} edits: {e!r}", file=sys.stderr)
+    path = save(options, result)
+    print(json.dumps({k: v for k, v in result.items() if k != "runs"}, indent=1))
+    print(f"Wrote {path}")
 
 
 if __name__ == "__main__":

@@ -4,13 +4,16 @@
 
 Stacks: one of rank 32; one of rank 64, as Lightning's; that and three of rank 32. All linears of the blocks but the
 modulation have them. "afterwards": the terms are added to each product's result, as peft does, and not as channels of the
-product or in its registers (see ``extra_channels.py``). A LoRA changes its weights by 2 %. A switch is a forward with another stack than the
-one before, less one with the same. Errors are of the velocity with the last stack, relative to float32, with
-``--exact-layers``. ``--peft`` measures diffusers with peft beside it.
+product or in its registers (see ``extra_channels.py``). A LoRA changes its weights by 2 %. Errors are of the velocity
+with the last stack, relative to float32, with ``--exact-layers``. ``--peft`` measures diffusers with peft beside it.
 
-"fused" is a LoRA of rank 32 in the weights, the originals kept on the card or in pinned memory; "first" makes that memory
-and fills it. "pays from" is the steps x rank x output tokens from which fusing and going back cost less than they save
-(``fused_lora.PAYS_FROM``). The thousand switches are of both kinds, mixed.
+A switch is a forward with another stack than the one before, less one with the same. "extra ms" is from an idle card to an
+idle card; "extra processor ms" is the thread's own time for queueing it at 256², where the card never makes it wait: other work
+on the machine does not count.
+
+"fused" is a LoRA of rank 32 in the weights, the originals kept on the card or in pinned memory; "first" makes that
+memory, page-locks it as the product does, and fills it. "pays from" is the steps x rank x output tokens from which fusing
+and going back cost less than they save (``fused_lora.PAYS_FROM``). The thousand switches are of both kinds, mixed.
 """
 
 import argparse
@@ -19,6 +22,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,7 @@ from forward import DTYPE, Case, diffusers_model, milliseconds, ours, random_mod
 
 from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.fused_lora import FusedLoras
+from qwen_edit.host_memory import page_lock
 from qwen_edit.linear import NO_ADAPTERS, LowRank
 from qwen_edit.quantize import is_modulation
 
@@ -120,29 +125,46 @@ def switching(model, case: Case, options, device) -> dict[str, Any]:
     for lora in loras:  # read and made ready, as resident ones are
         model.adapters = lora
         case.ours(model)
-    base = waits(lambda: case.ours(model), options.switches, device)
+    small = Case(min(options.side, 256), options.text, device)
+    measures = {"ms": (waits, case), "processor ms": (processor_times, small)}
     changes = {
         "another LoRA": itertools.cycle(loras),
         "another strength": itertools.cycle([loras[0], weaker]),
         "on and off": itertools.cycle([loras[0], NO_ADAPTERS]),
     }
     result: dict[str, Any] = {}
-    for name, stacks in changes.items():
+    for unit, (measured, of) in measures.items():
+        of.ours(model)
+        base = measured(lambda of=of: of.ours(model), options.switches, device)
+        for name, stacks in changes.items():
 
-        def switch_and_run(stacks=stacks):
-            model.adapters = next(stacks)
-            case.ours(model)
+            def switch_and_run(stacks=stacks, of=of):
+                model.adapters = next(stacks)
+                of.ours(model)
 
-        times = waits(switch_and_run, options.switches, device)
-        extra = sorted(t - statistics.median(base) for t in times)
-        result[f"{name}, extra ms"] = {
-            "median": round(statistics.median(extra), 2),
-            "p99": round(extra[int(len(extra) * 0.99)], 2),
-        }
-    base.sort()
-    result["the same, p99 above median, ms"] = round(base[int(len(base) * 0.99)] - statistics.median(base), 2)
+            times = measured(switch_and_run, options.switches, device)
+            extra = sorted(t - statistics.median(base) for t in times)
+            result[f"{name}, extra {unit}"] = {"median": round(statistics.median(extra), 2), "p99": p99(extra)}
+        model.adapters = loras[0]
+        result[f"the same, p99 above median, {unit}"] = round(p99(base) - statistics.median(base), 2)
     model.adapters = NO_ADAPTERS
     return result
+
+
+def p99(times: list[float]) -> float:
+    return round(sorted(times)[int(len(times) * 0.99)], 2)
+
+
+def processor_times(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
+    """Milliseconds of this thread's processor time for each call, the wait for the card left out."""
+    times = []
+    for _ in range(count):
+        begin = time.thread_time()
+        call()
+        times.append((time.thread_time() - begin) * 1000)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    return times
 
 
 def waits(call: Callable[[], object], count: int, device: torch.device) -> list[float]:
@@ -160,13 +182,27 @@ def waits(call: Callable[[], object], count: int, device: torch.device) -> list[
 
 
 class PinnedMemory:
-    """Where the originals are kept; not registered tensor by tensor, as in the product, but made pinned."""
+    """Where the originals are kept: page-locked tensor by tensor, as in the product. ``pageable``: bytes that could not be."""
+
+    def __init__(self) -> None:
+        self._locked: list[tuple[torch.Tensor, Callable[[], object]]] = []
+        self.pageable = 0
 
     def like(self, weight: torch.Tensor) -> torch.Tensor:
-        return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+        memory = torch.empty(weight.shape, dtype=weight.dtype)
+        unlock = page_lock(memory.data_ptr(), memory.nbytes) if weight.is_cuda else None
+        if unlock is not None:
+            self._locked.append((memory, unlock))
+        elif weight.is_cuda:
+            self.pageable += memory.nbytes
+            with suppress(RuntimeError):  # the refusal, which the next call to the card would raise
+                torch.cuda.synchronize()
+        return memory
 
     def release(self) -> None:
-        pass
+        for _, unlock in self._locked:
+            unlock()
+        self._locked.clear()
 
 
 def fusing(model, case: Case, row: dict[str, Any], options, device) -> dict[str, Any]:
@@ -197,6 +233,7 @@ def fusing(model, case: Case, row: dict[str, Any], options, device) -> dict[str,
                 for copy, to in zip(copies, target, strict=True):
                     to.copy_(copy, non_blocking=True)
 
+            found["not page-locked, GiB"] = host.pageable / 2**30
             found["transfer alone, ms"] = statistics.median(waits(transfer, options.repeat, device))
             del target
         fuse(next(numbers))

@@ -7,7 +7,7 @@ Without ``--full-size``: the demo model in diffusers' pipeline with our transfor
 does. *Pictures*: PSNR of a form's picture against the unquantized one of the same seed, on photographs that the model
 never saw. *Kinds*: one kind of linear quantized at a time; the relative error of the velocity over transformer calls of
 real edits, the PSNR of pictures, the error when everything but this kind is quantized, and what leaving the kind in bf16
-takes at full size (60 blocks x 3072). With ``--full-size``: the errors alone, over random weights of full width.
+takes at full size (60 blocks x 3072). With ``--full-size``: the errors alone, over random weights of full width, and those of each block.
 
 On the CPU activations are float32 and the products are emulated in float, which is the card's arithmetic up to the order
 of its sums. Two more rows there: "bf16" is the unquantized transformer in bf16 against float32, what rounding alone does;
@@ -17,7 +17,8 @@ the other is w4a4 with comfy-kitchen's 4-bit activations, which the product does
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,6 @@ from qwen_edit.quantize import (
     FourBitLinear,
     QuantizedLinear,
     activations,
-    in_its_form,
     keeps_full_precision,
     prepare,
     quantize_weight,
@@ -284,38 +284,73 @@ def demo(options, device, dtype) -> dict[str, Any]:
 
 
 def full_size(options, device, dtype) -> dict[str, Any]:
-    """Errors over random weights of full width; relative to the unquantized forward in the same dtype."""
+    """Errors over random weights of full width, of kinds and of single blocks; relative to the unquantized forward in the same
+    dtype. One model, whose linears are swapped for their quantized twins."""
     from forward import Case, random_model
 
-    source = random_model(options.layers, device)
-    state, case = source.state_dict(), Case(options.side, options.text, device)
+    model = full_size_transformer(random_model(options.layers, device), dtype)
+    case = Case(options.side, options.text, device)
 
-    def velocity(form: str | None, selects: Selects | None = None) -> list[torch.Tensor]:
-        with torch.device("meta"):
-            model = Transformer(num_layers=options.layers, zero_cond_t=True)
-        prepare(model, form)
-        if selects is not None:
-            quantize_only(model, selects)
-        for name, tensor in state.items():
-            owner, _, leaf = name.rpartition(".")
-            module = model.get_submodule(owner)
-            stored = in_its_form(module, leaf, tensor.to(dtype))
-            setattr(module, leaf, nn.Parameter(stored, requires_grad=False))
-        return [case.diffusers(configured(model.eval(), form, device, dtype), dtype).double()]
+    def velocity(form: str | None) -> list[torch.Tensor]:
+        model.kernels = resolve_kernels(device, dtype, activations(form, device, dtype))
+        return [case.diffusers(model, dtype).double()]
 
+    configured(model, None, device, dtype)
     expected, gib, rows = velocity(None), bytes_of_keeping(), []
     full = kinds(FULL_LAYERS)
     for form in options.forms:
-        rows.append({"form": form, "kind": "all", "error": shown(relative_error(velocity(form), expected))})
-        print_row(rows[-1])
+        twins = quantized_twins(model, form)
+
+        def error(selects: Selects, form=form, twins=twins) -> float:
+            with swapped(model, {name: twin for name, twin in twins.items() if selects(name)}):
+                return shown(relative_error(velocity(form), expected))
+
+        def add(row: dict[str, Any], form=form) -> None:
+            rows.append({"form": form} | row)
+            print_row(rows[-1])
+
+        add({"kind": "all", "error": error(lambda name: True)})
         for name, selects in kinds(options.layers).items():
-            row = {"form": form, "kind": name, "error": shown(relative_error(velocity(form, selects), expected))}
-            without = velocity(form, lambda n, s=selects: not s(n))
-            row["all but these"] = shown(relative_error(without, expected))
-            row["GiB to keep"] = round(gib(full[name], form), 2)
-            rows.append(row)
-            print_row(row)
+            row = {"kind": name, "error": error(selects), "all but these": error(lambda n, s=selects: not s(n))}
+            add(row | {"GiB to keep": round(gib(full[name], form), 2)})
+        for index in range(options.layers):
+            prefix = f"transformer_blocks.{index}."
+            add({"kind": f"block {index}", "error": error(lambda name, p=prefix: name.startswith(p))})
     return {"layers": options.layers, "kinds": rows}
+
+
+def full_size_transformer(source: QwenEditTransformer, dtype: torch.dtype) -> Transformer:
+    """``source``'s weights in a transformer for ``configured``, none of them quantized."""
+    with torch.device("meta"):
+        model = Transformer(num_layers=len(source.transformer_blocks), zero_cond_t=True)
+    prepare(model, None)
+    model.load_state_dict({name: tensor.to(dtype) for name, tensor in source.state_dict().items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def quantized_twins(model: Transformer, form: str) -> dict[str, Any]:
+    """By name, what the linears are in ``form`` that the product quantizes."""
+    with torch.device("meta"):
+        shell = Transformer(num_layers=len(model.transformer_blocks), zero_cond_t=True)
+    prepare(shell, form)
+    twins: dict[str, Any] = {n: module for n, module in shell.named_modules() if isinstance(module, QuantizedLinear)}
+    for name, twin in twins.items():
+        plain: Any = model.get_submodule(name)
+        twin.weight = nn.Parameter(quantize_weight(plain.weight, form), requires_grad=False)
+        twin.bias = plain.bias
+    return twins
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: dict[str, Any]) -> Iterator[None]:
+    before = {name: model.get_submodule(name) for name in modules}
+    for name, module in modules.items():
+        model.set_submodule(name, module)
+    try:
+        yield
+    finally:
+        for name, module in before.items():
+            model.set_submodule(name, module)
 
 
 def shown(value: float) -> float:
