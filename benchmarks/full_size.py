@@ -9,7 +9,7 @@ int8_convrot, Q8_0 or Q4_K; "native", ComfyUI's own nodes with the bf16 file, on
 int8_convrot; "accelerate", these with QwenEditAccelerate. Every edit has a new picture and a new prompt, so nothing is
 cached but the weights. "Lightning 4" runs 4 steps without guidance, as a checkpoint with Lightning fused does; "with LoRA" adds
 one of rank 64 on every linear of the blocks by the pack's switch ("fused": in the weights, by its mode) or ComfyUI's loader; "with LoRA
-switch" by the switch after QwenEditAccelerate. The first edit of each engine includes reading the weights ("cold"), the second
+switch" by the switch after QwenEditAccelerate; "references kept" is QwenEditReferenceCache with a tolerance of 0.1. The first edit of each engine includes reading the weights ("cold"), the second
 shows what is left to warm up. All graphs hold a QwenEditPerfLogger, whose record gives stages and steps.
 
 ``--twice`` runs the pack's first edit again at the end, with models and caches forgotten, and compares the pictures bit by
@@ -43,6 +43,8 @@ ENGINES = ("pack bf16", "pack fp8", "native bf16", "native fp8", "accelerate bf1
 PRESETS = {"standard": (40, 4.0), "Lightning 4": (4, 1.0)}
 WITH_LORA = ", with LoRA"
 FUSED = ", fused"  # the LoRA in the weights
+CACHED = ", references kept"  # QwenEditReferenceCache
+TOLERANCE = 0.1
 SWITCH = " switch"  # by QwenEditLoraSwitch where there is also ComfyUI's loader
 FUSIBLE = ("bf16", "fp8", "int8")
 BF16_FILE = "random_diffusion_models.safetensors"
@@ -62,7 +64,7 @@ def picture(number: int, side: int) -> np.ndarray:
 
 def graph(engine: str, image: str, prompt: str, case: str, options: argparse.Namespace) -> dict[str, Any]:
     kind, precision = engine.split()
-    preset, _, how = case.partition(WITH_LORA)
+    preset, _, how = case.removesuffix(CACHED).partition(WITH_LORA)
     make = pack_graph if kind == "pack" else native_graph
     workflow = make(image, prompt, preset, precision, options)
     model = {"pack": "load", "native": "unet", "accelerate": "unet"}[kind]
@@ -79,6 +81,9 @@ def graph(engine: str, image: str, prompt: str, case: str, options: argparse.Nam
         switch |= {f"lora_{slot}": LORA if slot == 1 else "none" for slot in range(1, SLOTS + 1)}
         workflow["lora"] = node("QwenEditLoraSwitch", model=[model, 0], **switch)
         model = "lora"
+    if case.endswith(CACHED):
+        workflow["cache"] = node("QwenEditReferenceCache", model=[model, 0], tolerance=TOLERANCE)
+        model = "cache"
     workflow["sample" if kind == "pack" else "shift"]["inputs"]["model"] = [model, 0]
     return workflow
 
@@ -150,6 +155,7 @@ def cases(engine: str, options: argparse.Namespace) -> list[str]:
     plan = [quick] * (1 + options.repeat)
     if kind != "accelerate" or options.accelerate_standard:
         plan += ["standard"] * options.standard_repeat
+        plan += ["standard" + CACHED] * (options.standard_repeat if kind != "native" else 0)
     ways = [WITH_LORA]
     if kind == "pack" and precision in FUSIBLE:  # ComfyUI's loader puts a LoRA into the weights at all times
         ways.append(WITH_LORA + FUSED)
