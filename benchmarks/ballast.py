@@ -6,7 +6,9 @@
 
 With ``--comfyui``: a second process holds memory on the card so that as many GiB remain for a ComfyUI (0: all of it), which
 samples with the fp8 file through this pack's loader and through its own, one after the other under the same ballast. Text and
-latents are random, so no text encoder is there; a step is one forward, 1024² with one reference and 280 text tokens.
+latents are random, so no text encoder is there; a step is one forward, 1024² with one reference and 280 text tokens. Each
+engine warms up with all of the card first, in a row that is marked and is no baseline; "ratio" is against the row with all of it
+that follows. Of each second sampling the stages are printed.
 The card is still the large one in all other respects: its speed, its bus, its compute capability.
 
 Without it: the engine alone, no server. All blocks on the card, then fewer and fewer; whether the results are the same bits.
@@ -30,6 +32,8 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "scripts"), str(REPO / "tests" / "comfyui")]
 
 from environment import environment, keep
+
+from qwen_edit.quantize import FORMATS
 
 GIB = 2**30
 PROBE_NODES = REPO / "tests" / "comfyui" / "probe_nodes"  # random text and latents
@@ -217,17 +221,21 @@ def measure_ballast(options: argparse.Namespace) -> list[dict[str, Any]]:
         server = ComfyServer(host, Path(work, "server"), extra, cpu=not torch.cuda.is_available())
         try:
             with server, ArrayClient(server.url) as client:
-                for left in map(float, options.free.split(",")):
-                    for engine in options.engines.split(","):
-                        rows.append(one_case(engine, left, at_start, options, client, server, ballast))
-                        print(rows[-1], flush=True)
+                lefts, engines = options.free.split(","), options.engines.split(",")
+                plan = [(engine, 0.0, True) for engine in engines]
+                plan += [(engine, float(left), False) for left in lefts for engine in engines]
+                for engine, left, warm_up in plan:
+                    row = one_case(engine, left, at_start, options, client, server, ballast)
+                    rows.append(row | {"warm-up": True} if warm_up else row)
+                    print(rows[-1], flush=True)
         except Exception as e:  # what was measured until then is kept
             print(server.log_tail(60), file=sys.stderr)
             print(f"Stopped after {len(rows)} cases: {e!r}", file=sys.stderr)
         finally:
             ballast.close()
     for row in rows:
-        whole = next((r["ms"] for r in rows if r["engine"] == row["engine"] and r["free GiB"] == 0), None)
+        same = [r for r in rows if r["engine"] == row["engine"] and r["free GiB"] == 0 and "warm-up" not in r]
+        whole = same[0]["ms"] if same else None
         row["ratio"] = None if whole is None or row["ms"] is None else round(row["ms"] / whole, 3)
     return rows
 
@@ -237,6 +245,8 @@ def one_case(
 ) -> dict[str, Any]:
     """One sampling to load and one that counts, with ``left`` GiB for the server and what it holds while idle."""
     from full_size import perf_record
+
+    from qwen_edit.perf import stage_table
 
     while client.get("/qwen_edit_probe")["loaded"]:  # ComfyUI's worker can sleep through /free
         client.free()
@@ -250,9 +260,13 @@ def one_case(
             prompt = client.queue(graph(engine, options, seed))
             begin = time.perf_counter()
             client.wait(prompt, timeout_s=options.timeout)
-            row["first, s" if seed == 1 else "second, s"] = round(time.perf_counter() - begin, 2)
-    record = perf_record(server, prompt)
-    (steps,) = [entry["steps"] for entry in record["nodes"] if "steps" in entry and entry["steps"]["ms"]]
+            which = "first" if seed == 1 else "second"
+            row[f"{which}, s"] = round(time.perf_counter() - begin, 2)
+            record = perf_record(server, prompt)
+            (steps,) = [entry["steps"] for entry in record["nodes"] if "steps" in entry and entry["steps"]["ms"]]
+            row[f"{which}, steps"] = steps
+    row["stages"] = record["stages"]
+    print(stage_table(record), flush=True)
     row["ms"] = round(statistics.median(steps["ms"]), 1)
     row["used GiB"] = round((room - ballast.ask("least") + idle) / GIB, 2)
     row["host GiB"] = round(host.nbytes / GIB, 2)
@@ -280,7 +294,7 @@ def main() -> None:
     parser.add_argument("--text-width", type=int, default=3584)
     parser.add_argument("--server-arguments", default="", help="more of them for ComfyUI")
     parser.add_argument("--timeout", type=float, default=240)
-    parser.add_argument("--form", default="fp8", help="the engine alone: bf16, fp8, int8, w4a4")
+    parser.add_argument("--form", default="fp8", choices=("bf16", *FORMATS), help="the engine alone")
     parser.add_argument("--resident", default="60,50,40,30,20,10,0", help="the engine alone: blocks on the card")
     parser.add_argument("--layers", type=int, default=60)
     parser.add_argument("--repeat", type=int, default=5)

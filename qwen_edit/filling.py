@@ -3,6 +3,7 @@
 from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -124,16 +125,18 @@ def _with_scales(
 def _tensors(
     modules: Mapping[str, Any], wanted: Mapping[tuple[str, str], Stored], device: torch.device, lock: Lock
 ) -> Generator[tuple[tuple[str, str], torch.Tensor], None, None]:
-    """Those that stay in RAM first, as the files' pages; on the CPU all are."""
+    """Those that stay in RAM first, as the files' pages, while the others are being read; on the CPU all are pages."""
     stays = {
         key: stored for key, stored in wanted.items() if isinstance(modules[key[0].rpartition(".")[0]], StaysInRam)
     }
     if device.type == "cpu":
         yield from mapped(wanted)
         return
-    yield from mapped(stays)
     rest = {key: stored for key, stored in wanted.items() if key not in stays}
     with closing(read_ahead(rest, device, lock)) as tensors:
+        first = list(islice(tensors, 1))  # from here on its threads read
+        yield from mapped(stays)
+        yield from first
         yield from tensors
 
 

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 
 from qwen_edit import reading
 from qwen_edit.checkpoints import FLOAT_DTYPES, read_header
+from qwen_edit.filling import _tensors
+from qwen_edit.quantize import StaysInRam
 from qwen_edit.reading import Stored, read_ahead
 
 CPU = torch.device("cpu")
@@ -83,3 +85,15 @@ def test_whoever_stops_early_leaves_no_thread_and_no_open_file(files):
     with closing(read_ahead(stored(files), CPU)) as tensors:
         next(tensors)
     assert (threading.active_count(), len(os.listdir("/proc/self/fd"))) == before
+
+
+def test_reading_goes_on_while_pages_are_taken_that_stay_in_ram(files):
+    """On a device that is no CPU; meta holds no values, but makes all the calls."""
+    wanted = {(name, ""): place for name, place in stored(files).items()}
+    modules = {"model.t0": torch.nn.Linear(1, 1), "model.t1": StaysInRam(1, 1)}
+    with closing(_tensors(modules, wanted, torch.device("meta"), lambda *_: None)) as tensors:
+        key, tensor = next(tensors)
+        assert key[0].startswith("model.t1.")
+        assert torch.equal(tensor, in_file(wanted[key]))
+        assert any(t.name.startswith("qwen_edit_read") for t in threading.enumerate())
+        assert {key, *(key for key, _ in tensors)} == wanted.keys()
