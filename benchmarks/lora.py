@@ -165,9 +165,6 @@ class PinnedMemory:
     def like(self, weight: torch.Tensor) -> torch.Tensor:
         return torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
 
-    def release(self) -> None:
-        pass
-
 
 def fusing(model, case: Case, row: dict[str, Any], options, device) -> dict[str, Any]:
     """What fusing, going back and a step cost."""
