@@ -201,10 +201,14 @@ def test_the_node_says_how_many_blocks_are_streamed_and_what_that_costs(seen, wi
     block, whole = gib(wide.transformer_blocks[0]), gib(wide)
     copied = f"3 of the transformer's 4 blocks are streamed from RAM, {3 * block:.2f} GiB in each forward"
     room = f". ComfyUI leaves {whole - 0.7 * block:.1f} GiB of the card for its {whole:.1f} GiB"
-    measured = f": {3 * block / 2:.2f} s at the 2 GiB/s measured, while the blocks before them compute; no forward takes less"
+    measured = (
+        f": {3 * block / 2:.2f} s at the 2 GiB/s measured, while the blocks before them compute; no forward takes less"
+    )
     assert said["part"] == said["the same again"] == [f"{copied}{room}."]
     assert said["measured"] == [f"{copied}{measured}{room}."]
-    assert said["pageable"][0].startswith(f"{copied}{measured}{room}. Warning: 1.0 GiB of them could not be page-locked")
+    assert said["pageable"][0].startswith(
+        f"{copied}{measured}{room}. Warning: 1.0 GiB of them could not be page-locked"
+    )
     everything = f"4 of the transformer's 4 blocks are streamed from RAM, {4 * block:.2f} GiB in each forward: "
     assert said["asked for"][0].startswith(everything)
     assert "ComfyUI leaves" not in said["asked for"][0]
