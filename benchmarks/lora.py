@@ -22,7 +22,6 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from forward import DTYPE, Case, diffusers_model, milliseconds, ours, random_mod
 
 from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.fused_lora import FusedLoras
-from qwen_edit.host_memory import page_lock
+from qwen_edit.host_memory import HostMemory, page_lock
 from qwen_edit.linear import NO_ADAPTERS, LowRank
 from qwen_edit.quantize import is_modulation
 
@@ -181,28 +180,20 @@ def waits(call: Callable[[], object], count: int, device: torch.device) -> list[
     return times
 
 
-class PinnedMemory:
-    """Where the originals are kept: page-locked tensor by tensor, as in the product. ``pageable``: bytes that could not be."""
+class PinnedMemory(HostMemory):
+    """Where the originals are kept: page-locked tensor by tensor, as in the product."""
 
     def __init__(self) -> None:
-        self._locked: list[tuple[torch.Tensor, Callable[[], object]]] = []
-        self.pageable = 0
+        super().__init__(self._page_lock if torch.cuda.is_available() else None)
+        self.pageable = 0  # bytes that could not be
+
+    def _page_lock(self, address: int, nbytes: int) -> Callable[[], object] | None:
+        unlock = page_lock(address, nbytes)
+        self.pageable += 0 if unlock else nbytes
+        return unlock
 
     def like(self, weight: torch.Tensor) -> torch.Tensor:
-        memory = torch.empty(weight.shape, dtype=weight.dtype)
-        unlock = page_lock(memory.data_ptr(), memory.nbytes) if weight.is_cuda else None
-        if unlock is not None:
-            self._locked.append((memory, unlock))
-        elif weight.is_cuda:
-            self.pageable += memory.nbytes
-            with suppress(RuntimeError):  # the refusal, which the next call to the card would raise
-                torch.cuda.synchronize()
-        return memory
-
-    def release(self) -> None:
-        for _, unlock in self._locked:
-            unlock()
-        self._locked.clear()
+        return self.allocate(weight.nbytes).view(weight.dtype).view(weight.shape)
 
 
 def fusing(model, case: Case, row: dict[str, Any], options, device) -> dict[str, Any]:

@@ -42,14 +42,10 @@ def pays(steps: int, rank: int, tokens: int) -> bool:
 
 
 class HostMemory(Protocol):
-    """Where weights are kept in RAM, pinned if it can be."""
+    """Where weights are kept in RAM, page-locked if it can be."""
 
     def like(self, weight: torch.Tensor) -> torch.Tensor:
-        """Memory of this shape and dtype."""
-        ...
-
-    def release(self) -> None:
-        """Nobody needs what ``like`` has given any more."""
+        """Memory of this shape and dtype, which goes with its last view."""
         ...
 
 
@@ -74,7 +70,6 @@ class FusedLoras:
         self._reference = weakref.ref(model)
         self._changed: list[_Changed] = []
         self._kept: dict[tuple, torch.Tensor] = {}
-        self._host: HostMemory | None = None
         self.key: Hashable = None
         self.modules: frozenset[torch.nn.Module] = frozenset()
 
@@ -105,7 +100,6 @@ class FusedLoras:
         if key == self.key:
             return
         self.restore()
-        self._host = host or self._host
         try:
             for op in _operands(self._model, adapters):
                 self._fuse(op, [adapters.get(module, ()) for module in op.modules], host)
@@ -161,8 +155,6 @@ class FusedLoras:
         if self._model.img_in.weight.is_cuda:
             torch.cuda.synchronize(self._model.img_in.weight.device)  # copies out of this memory may be under way
         self._kept.clear()
-        assert self._host is not None
-        self._host.release()
 
     def _forget_channels(self) -> None:
         if self._model.channels is not None:  # they are known by the weights' addresses, which may come again

@@ -1,6 +1,7 @@
 """Small transformers written as ComfyUI's quantized single files, by comfy-kitchen alone."""
 
 import json
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
@@ -37,18 +38,24 @@ LAYOUTS = {
 
 
 def float_state() -> State:
-    """Random weights with the spread of trained ones, in bf16."""
+    """Of the small transformer."""
     return dict(_float_state())
 
 
 @cache
 def _float_state() -> State:
+    return random_state(CONFIG)
+
+
+def random_state(config: Mapping[str, int]) -> State:
+    """Random weights with the spread of trained ones, in bf16, for ``QwenEditTransformer(**config)``."""
     with torch.device("meta"):
-        model = QwenEditTransformer(**CONFIG)
+        model = QwenEditTransformer(**config)
+    spread = 0.64 / (config["num_attention_heads"] * config["attention_head_dim"]) ** 0.5
     generator, state = torch.Generator().manual_seed(0), {}
     for name, tensor in model.state_dict().items():
         gain = name.endswith("weight") and tensor.ndim == 1
-        state[name] = (torch.randn(tensor.shape, generator=generator) * 0.04 + gain).bfloat16()
+        state[name] = (torch.randn(tensor.shape, generator=generator) * spread + gain).bfloat16()
     return state
 
 
@@ -90,7 +97,7 @@ def _old_scaled(state: State, marker: torch.Tensor) -> State:
     return result
 
 
-def _fp8(state: State, which, dtype=E4M3, describe=True, **description) -> State:
+def in_fp8(state: State, which, dtype=E4M3, describe=True, **description) -> State:
     result = {}
     for name, tensor in state.items():
         result[name] = tensor
@@ -141,15 +148,15 @@ VARIANTS = {
     "e5m2 plain": lambda state: _plain(state, E5M2),
     "fp8 scaled, old": lambda state: _old_scaled(state, torch.zeros(0, dtype=E4M3)),
     "fp8 scaled, old, full precision": lambda state: _old_scaled(state, torch.zeros(2, dtype=E4M3)),
-    "fp8 scaled": lambda state: _fp8(state, in_block),
-    "e5m2 scaled": lambda state: _fp8(state, in_block, E5M2),
-    "fp8 full precision": lambda state: _fp8(state, in_block, full_precision_matrix_mult=True),
-    "fp8 mixed": lambda state: _fp8(state, _mlp),
-    "fp8 by metadata": lambda state: _fp8(state, in_block, describe=False),
+    "fp8 scaled": lambda state: in_fp8(state, in_block),
+    "e5m2 scaled": lambda state: in_fp8(state, in_block, E5M2),
+    "fp8 full precision": lambda state: in_fp8(state, in_block, full_precision_matrix_mult=True),
+    "fp8 mixed": lambda state: in_fp8(state, _mlp),
+    "fp8 by metadata": lambda state: in_fp8(state, in_block, describe=False),
     **{kind: (lambda state, kind=kind: in_layout(state, kind)) for kind in LAYOUTS},
-    "nvfp4 and fp8": lambda state: in_layout(_fp8(state, _attention), "nvfp4", _mlp),
+    "nvfp4 and fp8": lambda state: in_layout(in_fp8(state, _attention), "nvfp4", _mlp),
     "nvfp4 smoothed": _smoothed,
-    "int8 and fp8": lambda state: in_layout(_fp8(state, _attention), "int8 rowwise", _mlp),
+    "int8 and fp8": lambda state: in_layout(in_fp8(state, _attention), "int8 rowwise", _mlp),
 }
 
 
@@ -161,7 +168,12 @@ def metadata_of(variant: str, state: State) -> dict[str, str] | None:
 
 
 def write(path: Path, variant: str, prefix: str = "", **more: torch.Tensor) -> None:
-    """The variant as one file, marked as 2511."""
-    state = state_of(variant) | {"__index_timestep_zero__": torch.zeros(0)}
+    """The variant of the small transformer as one file, marked as 2511."""
+    write_state(path, variant, state_of(variant), prefix, **more)
+
+
+def write_state(path: Path, variant: str, state: State, prefix: str = "", **more: torch.Tensor) -> None:
+    """A state that is in this variant already, as one file, marked as 2511."""
+    state = state | {"__index_timestep_zero__": torch.zeros(0)}
     state = {prefix + name: tensor.contiguous() for name, tensor in state.items()}
     save_file(state | more, path, metadata=metadata_of(variant, state))

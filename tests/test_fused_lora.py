@@ -10,6 +10,7 @@ from qwen_edit.checkpoints import transformer_from_folder
 from qwen_edit.extra_channels import ExtraChannels
 from qwen_edit.filling import fill
 from qwen_edit.fused_lora import FusedLoras, pays
+from qwen_edit.host_memory import HostMemory
 from qwen_edit.kernels import reference
 from qwen_edit.linear import NO_ADAPTERS, HighRank, LowRank, pack
 from qwen_edit.lora import read_lora
@@ -35,16 +36,17 @@ def one_thread():
 
 
 class Ram:
-    """Plain memory; counts what is held."""
+    """Plain memory; knows how much of it is held."""
 
-    held = 0
+    def __init__(self):
+        self._memory = HostMemory()
+
+    @property
+    def held(self) -> int:
+        return self._memory.nbytes
 
     def like(self, weight):
-        self.held += 1
-        return torch.empty(weight.shape, dtype=weight.dtype)
-
-    def release(self):
-        self.held = 0
+        return self._memory.allocate(weight.nbytes).view(weight.dtype).view(weight.shape)
 
 
 def packed(model, channels: bool) -> QwenEditTransformer:
@@ -242,9 +244,9 @@ def test_weights_in_ram_are_read_once_and_let_go_of():
     model, host = tiny(None), Ram()
     fused = FusedLoras(model)
     fused.fuse("one", lora(model, 1), host)
-    count = host.held
+    size = host.held
     fused.fuse("other", lora(model, 2), host)
-    assert host.held == count > 0
+    assert host.held == size > 0
     assert fused.nbytes == 0
     fused.drop()
     assert host.held == 0

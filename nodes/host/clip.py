@@ -8,6 +8,7 @@ from typing import Any
 import comfy.hooks
 import comfy.model_management
 import comfy.sd
+import comfy.utils
 import torch
 
 from ...qwen_edit.checkpoints import read_config, read_header, weight_files
@@ -16,6 +17,7 @@ from ...qwen_edit.pictures import to_pil
 from ...qwen_edit.text_encoder import FolderTextEncoder, PreparedPictures, encode
 from .memory import ShellPatcher, still_loaded
 
+SAVED_CLIP_PREFIX = "qwen25_7b.transformer."  # of the names that ComfyUI's CLIPSave writes
 OFFLOAD_AFTER_USE = "qwen_edit_offload_after_use"  # attachment on the patcher: leave the card after encoding
 
 
@@ -108,6 +110,25 @@ def load_clip(folder: Path, dtype: torch.dtype | None = None, keep_on_card: bool
             f"{WEIGHTS} {folder.name}: tokenizer or processor can't be read. Download the folder again."
         ) from e
     return shell_clip(FolderTextModel(folder, dtype), tokenizer, weights * dtype.itemsize, keep_on_card)
+
+
+def load_saved_clip(path: Path, embeddings: list[str], disable_dynamic: bool = False) -> comfy.sd.CLIP:
+    """The text encoder that CLIPSave wrote, which ``comfy.sd.load_clip`` takes for CLIP-L because of the prefix."""
+    state, metadata = comfy.utils.load_torch_file(str(path), safe_load=True, return_metadata=True)
+    state = comfy.utils.state_dict_prefix_replace(state, {SAVED_CLIP_PREFIX: ""})
+    state, _ = comfy.utils.convert_old_quants(state, metadata=metadata)
+    clip = comfy.sd.load_text_encoder_state_dicts(
+        [state],
+        embedding_directory=embeddings,
+        clip_type=comfy.sd.CLIPType.QWEN_IMAGE,
+        disable_dynamic=disable_dynamic,
+    )
+    clip.patcher.cached_patcher_init = (_saved_clip_patcher, (path, embeddings))
+    return clip
+
+
+def _saved_clip_patcher(path: Path, embeddings: list[str], disable_dynamic: bool = False):
+    return load_saved_clip(path, embeddings, disable_dynamic).patcher
 
 
 def shell_clip(

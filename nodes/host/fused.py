@@ -12,11 +12,13 @@ import torch
 from comfy_execution.utils import get_executing_context
 
 from ...qwen_edit.fused_lora import PAYS_FROM, pays
+from ...qwen_edit.host_memory import HostMemory
 from ...qwen_edit.linear import Adapters
 from ...qwen_edit.precision import ROOM_FOR_ACTIVATIONS
 from . import notes
 from .lora import LORAS, NOTHING, ActiveLora, LoraStack, active_adapters, adapters_of
 from .memory import ShellPatcher
+from .pinning import page_lock
 
 ROOM = "qwen_edit_fused"  # key among the patcher's additional models
 FUSIBLE = (None, "fp8", "int8")  # forms of ``Precision``
@@ -105,22 +107,14 @@ class SecondCopyPatcher(ShellPatcher):
 
 
 class PinnedMemory:
-    """RAM for the engine's copies of weights, pinned as far as ComfyUI's budget goes."""
+    """RAM for the engine's copies of weights, page-locked as far as ComfyUI's budget and the container's limit go."""
 
     def __init__(self) -> None:
-        self._pinned: list[torch.Tensor] = []
+        self._locked, self._plain = HostMemory(page_lock), HostMemory()
 
     def like(self, weight: torch.Tensor) -> torch.Tensor:
-        memory = torch.empty(weight.shape, dtype=weight.dtype)
-        as_bytes = memory.view(torch.uint8)  # ComfyUI pins only some types
-        if weight.is_cuda and comfy.model_management.pin_memory(as_bytes):
-            self._pinned.append(as_bytes)
-        return memory
-
-    def release(self) -> None:
-        for memory in self._pinned:
-            comfy.model_management.unpin_memory(memory)
-        self._pinned.clear()
+        memory = self._locked if weight.is_cuda else self._plain
+        return memory.allocate(weight.nbytes).view(weight.dtype).view(weight.shape)
 
 
 def reserve(clone, mode: str) -> None:

@@ -37,7 +37,7 @@ from ...qwen_edit.quantize import stored_bytes
 from ...qwen_edit.stored_weights import families
 from ...qwen_edit.streaming import streamed_blocks
 from . import folders
-from .clip import OFFLOAD_AFTER_USE, load_clip
+from .clip import OFFLOAD_AFTER_USE, SAVED_CLIP_PREFIX, load_clip, load_saved_clip
 from .doctor import keep_facts
 from .facts import model_facts
 from .gguf_clip import GgufTextModel, load_gguf_clip
@@ -50,6 +50,7 @@ from .vae import load_single_vae, load_vae, statistics, vae_facts
 
 # Where files that hold everything have the parts besides the transformer (comfy/supported_models.py QwenImage).
 ENCODER_PREFIX, VAE_PREFIX = "text_encoders.", "vae."
+VISION = "visual."  # in the names of a text encoder that sees pictures
 
 
 @dataclass(frozen=True)
@@ -228,11 +229,19 @@ def _single_clip(request: LoadRequest, path: Path) -> comfy.sd.CLIP:
         return load_gguf_clip(path, keep_on_card=request.offload == "none")
     # by this tensor ComfyUI tells the encoder too; what it does not know it would load as another model's
     _header_of(path, "model.layers.0.self_attn.k_proj.bias", [512], "the text encoder of Qwen-Image, Qwen2.5-VL 7B")
+    names = read_header(path)
+    if not any(VISION in name for name in names):
+        raise ValueError(
+            f"{WEIGHTS} {path.name} is Qwen2.5 7B for text only: it has no tensor {VISION}*, so it sees no pictures. Choose"
+            " Qwen2.5-VL 7B (for example qwen_2.5_vl_7b.safetensors or qwen_2.5_vl_7b_fp8_scaled.safetensors)."
+        )
     embeddings = folder_paths.get_folder_paths("embeddings")
     if request.text_encoder == folders.FROM_MODEL:
         return comfy.sd.load_checkpoint_guess_config(
             str(path), output_model=False, output_vae=False, embedding_directory=embeddings
         )[1]
+    if any(name.startswith(SAVED_CLIP_PREFIX) for name in names):
+        return load_saved_clip(path, embeddings)
     return comfy.sd.load_clip([str(path)], embedding_directory=embeddings, clip_type=comfy.sd.CLIPType.QWEN_IMAGE)
 
 

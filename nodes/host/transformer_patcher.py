@@ -177,7 +177,10 @@ class TransformerPatcher(ShellPatcher):
         copied, rate = stream.bytes_per_forward, stream.bandwidth()
         said = f"{streamed} of the transformer's {count} blocks are streamed from RAM, {copied / 2**30:.2f} GiB in each forward"
         if rate is not None:
-            said += f": {copied / rate:.2f} s at the {rate / 2**30:.0f} GiB/s measured, while the blocks before them compute"
+            said += (
+                f": {copied / rate:.2f} s at the {rate / 2**30:.0f} GiB/s measured, while the blocks before them compute; no"
+                " forward takes less"
+            )
         if self.model.offload == "auto":
             said += (
                 f". ComfyUI leaves {room / 2**30:.1f} GiB of the card for its {sizes.with_resident(()) / 2**30:.1f} GiB"

@@ -34,8 +34,8 @@ LINES = {
         "fused：写入权重；原值保存在内存中。8 位权重会再舍入一次。"
     ),
     "20 of the transformer's 60 blocks are streamed from RAM, 4.20 GiB in each forward: 0.09 s at the 47 GiB/s measured, "
-    "while the blocks before them compute. ComfyUI leaves 9.1 GiB of the card for its 12.7 GiB.": (
-        "Transformer 的 60 个块中有 20 个从内存流式传输，每次前向计算 4.20 GiB：按实测 47 GiB/s 需 0.09 秒，与前面各块的计算同时进行"
+    "while the blocks before them compute; no forward takes less. ComfyUI leaves 9.1 GiB of the card for its 12.7 GiB.": (
+        "Transformer 的 60 个块中有 20 个从内存流式传输，每次前向计算 4.20 GiB：按实测 47 GiB/s 需 0.09 秒，与前面各块的计算同时进行；每次前向计算不会少于此时间"
         "。ComfyUI 为其 12.7 GiB 留出 9.1 GiB 显存。"
     ),
     "Warning: Lightning is in here twice (a and b), once too often; switch all but one of them off.": (

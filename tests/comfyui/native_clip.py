@@ -1,26 +1,16 @@
 """Code for ``run_in_comfyui``: ComfyUI's text encoder of Qwen-Image with its sizes reduced, random weights."""
 
-SMALL_NATIVE_CLIP = """
-import contextlib
+from pathlib import Path
+
+SMALL_SIZES = (Path(__file__).parent / "probe_nodes" / "qwen_edit_probe" / "small_encoder.py").read_text("utf-8")
+
+SMALL_NATIVE_CLIP = (
+    SMALL_SIZES
+    + """
 import comfy.hooks
 import comfy.sd
 from comfy.model_patcher import ModelPatcher
-from comfy.text_encoders import llama, qwen_image, qwen_vl
-
-
-@contextlib.contextmanager
-def small_sizes(hidden=64):
-    config, vision = llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer
-    llama.Qwen25_7BVLI_Config = lambda **_: config(
-        hidden_size=hidden, intermediate_size=hidden, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
-    )
-    qwen_vl.Qwen2VLVisionTransformer = lambda hidden_size, **given: vision(
-        hidden_size=64, num_heads=4, intermediate_size=64, num_layers=8, **given
-    )
-    try:
-        yield
-    finally:
-        llama.Qwen25_7BVLI_Config, qwen_vl.Qwen2VLVisionTransformer = config, vision
+from comfy.text_encoders import qwen_image
 
 
 def small_native_clip(fp8=False, hidden=64):
@@ -54,3 +44,4 @@ def small_native_clip(fp8=False, hidden=64):
     clip.layer_idx, clip.use_clip_schedule, clip.apply_hooks_to_conds, clip.tokenizer_options = None, False, None, {}
     return clip
 """
+)

@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 # Enough of the encoder for ComfyUI to know it by; it leaves the rest of the 7 B as it is allocated, untouched.
 ENCODER = "text_encoders.qwen25_7b.transformer."
-BIAS = "model.layers.0.self_attn.k_proj.bias"
+BIAS, NORM = "model.layers.0.self_attn.k_proj.bias", "visual.merger.ln_q.weight"
 
 CODE = """
 import json
@@ -55,7 +55,7 @@ print("RESULT", json.dumps(result))
 def everything(path, host, folder) -> None:
     save_comfyui_vae(host, DEMO, folder / "vae.safetensors")
     vae = {f"vae.{name}": tensor for name, tensor in load_file(folder / "vae.safetensors").items()}
-    encoder = {ENCODER + BIAS: torch.arange(512, dtype=torch.bfloat16)}
+    encoder = {ENCODER + BIAS: torch.arange(512, dtype=torch.bfloat16), ENCODER + NORM: torch.ones(1280)}
     write(path, "fp8 mixed", "model.diffusion_model.", **encoder, **vae)
 
 

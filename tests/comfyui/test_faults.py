@@ -155,6 +155,14 @@ def test_a_bad_encoder_or_vae_file_is_refused_by_name(client, graph, good, model
     assert path.name in said
 
 
+def test_a_text_encoder_that_sees_no_pictures_is_refused(client, graph, good, models):
+    path = models / "text_encoders" / "qwen_2.5_7b.safetensors"
+    save_file({"model.layers.0.self_attn.k_proj.bias": torch.zeros(512)}, path)
+    said = failure(client, changed(graph, "loader", text_encoder=path.name))
+    assert said.startswith("[QE_WEIGHTS] qwen_2.5_7b.safetensors is Qwen2.5 7B for text only")
+    assert "Choose Qwen2.5-VL 7B" in said
+
+
 def demo_copy(models, name: str):
     folder = models / "diffusers" / name
     shutil.copytree(DEMO, folder, ignore=shutil.ignore_patterns("loras"))

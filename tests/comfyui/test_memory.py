@@ -5,10 +5,10 @@ import time
 import numpy as np
 import pytest
 from array_client import ArrayClient
-from edits import between, changed, edited, failure, look, picture, reads, run_fresh, small_edit, starved
+from edits import between, changed, edited, failure, fresh, look, picture, reads, run_fresh, small_edit, starved
 from graphs import node
 from safetensors.torch import save_file
-from test_faults import switch_inputs
+from test_faults import switch_inputs, transformer_state
 from test_lora import lora_state
 
 pytestmark = pytest.mark.server
@@ -59,6 +59,43 @@ def test_models_and_loras_are_in_comfyuis_accounting(client, server, graph):
     edited(client, with_lora(graph, LORAS[0]))
     assert {"QwenEditModel", "FolderTextModel", "ResidentLora"} <= set(look(client)["loaded"])
     assert "Requested to load QwenEditModel" in server.log.read_text(errors="replace")
+
+
+def test_a_model_of_comfyuis_loader_samples_between_two_of_our_samplings(client, models, graph, good):
+    save_file(transformer_state(), models / "diffusion_models" / "memory.safetensors")
+
+    def sampled(graph, name: str, sampler: dict, latent: list):
+        sampler["inputs"]["latent_image" if "latent_image" in sampler["inputs"] else "latent"] = latent
+        graph[name] = sampler
+        graph[f"{name} decode"] = node("VAEDecode", samples=[name, 0], vae=["loader", 2])
+        graph[f"{name} save"] = node("SaveImage", images=[f"{name} decode", 0], filename_prefix=name)
+
+    def with_native(graph, after: list):
+        graph = fresh(graph)
+        graph["unet"] = node("UNETLoader", unet_name="memory.safetensors", weight_dtype="default")
+        conditioning = dict(positive=["encode", 0], negative=["encode", 1], latent_image=None)
+        settings = dict(seed=5, steps=2, cfg=1.0, sampler_name="euler", scheduler="simple", denoise=1.0)
+        graph["after"] = node("ProbePass", value=["encode", 2], nonce="1", after=after)
+        sampled(graph, "native", node("KSampler", model=["unet", 0], **conditioning, **settings), ["after", 0])
+        return graph
+
+    def pictures(graph) -> dict[str, np.ndarray]:
+        result = client.run(graph, timeout_s=120)
+        return {ref.node: array for ref, array in zip(result.images(), client.arrays(result), strict=True)}
+
+    alone = with_native(graph, ["encode", 2])
+    for name in ("sampler", "decode", "save"):
+        del alone[name]
+    expected = pictures(alone)["native save"]
+    both = with_native(graph, ["sampler", 0])
+    both["then"] = node("ProbePass", value=["encode", 2], nonce="2", after=["native", 0])
+    sampled(both, "again", node("QwenEditSampler", **both["sampler"]["inputs"]), ["then", 0])
+    found = pictures(both)
+    assert np.array_equal(found["save"], good)
+    assert np.array_equal(found["again save"], good)
+    assert np.array_equal(found["native save"], expected)
+    assert np.abs(expected - good).max() > 0.1
+    assert {"QwenEditModel", "QwenImage"} <= set(look(client)["loaded"])
 
 
 def test_free_drops_what_waits_in_ram_since_memory_ran_out(client, server, graph):

@@ -46,7 +46,7 @@ assert not names.unexpected_keys and names.missing_keys in ([], ["__index_timest
 
 from types import SimpleNamespace
 import comfy.patcher_extension
-from pack.nodes.host.accelerate import AcceleratedForward
+from pack.nodes.host.accelerate import _KEPT, AcceleratedForward
 
 wrapper = AcceleratedForward(ours.attention, REFERENCE, SimpleNamespace(model=SimpleNamespace(current_weight_patches_uuid=None, current_patcher=None, diffusion_model=native)))
 ours_over_native = dict(wrappers={comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL: {"k": [wrapper]}})
@@ -79,7 +79,57 @@ with torch.inference_mode():
     one = run(ours, [(8, 12), (8, 12)], 1, "index", False)
     other = run(ours, [(8, 12), (8, 12)], 1, "index_timestep_zero", False)
     moved = (one - other).abs().max().item() / one.abs().max().item()
-print("RESULT", json.dumps([result, moved]))
+
+
+class PackedTensor(torch.Tensor):
+    # as GGUF packs keep a weight: two 4-bit numbers in a byte, and the shape of what they stand for
+    @classmethod
+    def of(cls, weight):
+        scale = weight.abs().amax(1, keepdim=True) / 7
+        levels = (weight / scale).round() + 8
+        packed = (levels[:, ::2] + 16 * levels[:, 1::2]).to(torch.uint8).as_subclass(cls)
+        packed.scale, packed.tensor_shape = scale, weight.shape
+        return packed
+
+    @property
+    def shape(self):
+        return self.tensor_shape
+
+    def detach(self):
+        return self
+
+    def dequantized(self):
+        plain = self.as_subclass(torch.Tensor)
+        levels = torch.stack([plain % 16, plain // 16], -1).flatten(1).float() - 8
+        return levels * self.scale
+
+
+class PackedLinear(comfy.ops.manual_cast.Linear):
+    called = 0
+
+    def forward_comfy_cast_weights(self, x):
+        PackedLinear.called += 1
+        return torch.nn.functional.linear(x, self.weight.dequantized().to(x.dtype), self.bias)
+
+
+linears = [module for module in native.modules() if isinstance(module, torch.nn.Linear)]
+with torch.inference_mode():
+    before = run(native, [(8, 12), (8, 12)], 1, None, False)
+    for linear in linears:
+        linear.__class__ = PackedLinear
+        linear.weight = torch.nn.Parameter(PackedTensor.of(linear.weight.detach()), requires_grad=False)
+    _KEPT.clear()  # made of the weights before
+    assert type(linears[0].weight) is PackedTensor
+    found = {}
+    for method in (None, "index", "index_timestep_zero"):
+        PackedLinear.called = 0
+        theirs = run(native, [(8, 12), (8, 12)], 1, method, False)
+        counts = [PackedLinear.called]
+        mine = run(native, [(8, 12), (8, 12)], 1, method, False, ours_over_native)
+        counts.append(PackedLinear.called - counts[0])
+        found[str(method)] = [(theirs - mine).abs().max().item() / theirs.abs().max().item(), torch.equal(theirs, mine), *counts]
+    rounded = (run(native, [(8, 12), (8, 12)], 1, None, False) - before).abs().max().item()
+print("RESULT", json.dumps([result, moved, found, len(linears), rounded]))
 """
 
 
@@ -98,3 +148,15 @@ def test_forward_equals_the_native_one(differences, grids):
 
 def test_the_reference_methods_differ(differences):
     assert differences[1] > 100 * TOLERANCE
+
+
+def test_weights_of_another_packs_kind_are_applied_by_their_own_modules(differences):
+    """QwenEditAccelerate over a GGUF loader's MODEL: a tensor class of its own, which its linears alone can read."""
+    _, _, packed, linears, rounded = differences
+    assert rounded > 100 * TOLERANCE
+    for error, equal, native_calls, _ in packed.values():
+        assert error < TOLERANCE
+        assert not equal, "equal to the last bit: our forward has not run"
+        assert native_calls == linears
+    # all but those of the last block's text, which nothing reads; later the modulation is there already
+    assert packed["None"][3] == linears - 3

@@ -6,8 +6,13 @@ ComfyUI's manager gives a server on the CPU no budget, so its calls are made her
 import json
 
 import pytest
+import torch
 from comfy_host import REPO
 from comfy_process import run_in_comfyui
+from safetensors.torch import save_file
+
+from qwen_edit.quantize import is_modulation
+from qwen_edit.transformer import QwenEditTransformer
 
 pytestmark = pytest.mark.server
 
@@ -16,9 +21,10 @@ import json
 import comfy.model_management
 import comfy.sd
 import comfy.utils
+from pack.nodes.host import notes
 from pack.nodes.host.model import make_model
 from pack.qwen_edit.attention import resolve
-from pack.qwen_edit.checkpoints import transformer_from_folder
+from pack.qwen_edit.checkpoints import transformer_from_file, transformer_from_folder
 from pack.qwen_edit.kernels import REFERENCE
 from pack.qwen_edit.precision import Precision
 from server import PromptServer
@@ -104,6 +110,32 @@ with torch.inference_mode():
     streamed = load(forced, 1e32)
     same = torch.equal(velocity(forced), velocity(kept))
     result["stream"] = [streamed, forced.model_size() >= forced.loaded_size(), same]
+
+# what is said: large blocks of zeros, for numbers that can be told apart
+lines = []
+notes.say = lines.append
+wide = make_model(
+    transformer_from_file(Path(ZEROS)), Precision("fp32", fp32, None, ""), None, resolve("pytorch", cpu, fp32, 128), REFERENCE
+)
+sizes, stream = wide.model.sizes, wide.model.diffusion_model.stream
+room = sizes.others + 3.3 * sizes.blocks[0]
+
+
+def said(room):
+    lines.clear()
+    load(wide, room)
+    return list(lines)
+
+
+result["said"] = {"all": said(1e32), "part": said(room), "the same again": said(room)}
+result["said"] |= {"all again": said(1e32), "and again": said(1e32)}
+stream.bandwidth = lambda: 2 * 2**30  # of a card's bus
+result["said"]["measured"] = said(room)
+stream.device, stream.memory.pageable = torch.device("cuda"), 2**30
+result["said"]["pageable"] = [wide._said(room)]
+stream.device, stream.memory.pageable = cpu, 0
+wide.model.offload = "stream"
+result["said"]["asked for"] = said(1e32)
 print("RESULT", json.dumps(result))
 """
 
@@ -116,8 +148,17 @@ EXPECTED = {
 
 
 @pytest.fixture(scope="module")
-def seen(host):
-    constants = f"DEMO, FORMS = {str(REPO / 'demo_model')!r}, {json.dumps(json.dumps(FORMS))}\n"
+def wide() -> QwenEditTransformer:
+    with torch.device("meta"):
+        shape = dict(num_layers=4, attention_head_dim=128, num_attention_heads=8, joint_attention_dim=128)
+        return QwenEditTransformer(**shape)
+
+
+@pytest.fixture(scope="module")
+def seen(host, wide, tmp_path_factory):
+    zeros = tmp_path_factory.mktemp("wide") / "zeros 2511.safetensors"
+    save_file({name: torch.zeros(tensor.shape) for name, tensor in wide.state_dict().items()}, zeros)
+    constants = f"DEMO, FORMS = {str(REPO / 'demo_model')!r}, {json.dumps(json.dumps(FORMS))}\nZEROS = {str(zeros)!r}\n"
     return json.loads(run_in_comfyui(host, constants + CODE, timeout_s=400).split("RESULT", 1)[1])
 
 
@@ -148,3 +189,31 @@ def test_blocks_are_given_back_one_by_one(seen, form):
 def test_what_the_user_asked_for_is_kept(seen):
     assert seen["stream"] == [BLOCKS, True, True]
     assert seen["none"] == [0, 0]
+
+
+def gib(module: torch.nn.Module) -> float:
+    """Of the weights that go to a card, in fp32."""
+    return 4 * sum(p.numel() for name, p in module.named_parameters(prefix="") if not is_modulation(f".{name}")) / 2**30
+
+
+def test_the_node_says_how_many_blocks_are_streamed_and_what_that_costs(seen, wide):
+    said = seen["said"]
+    block, whole = gib(wide.transformer_blocks[0]), gib(wide)
+    copied = f"3 of the transformer's 4 blocks are streamed from RAM, {3 * block:.2f} GiB in each forward"
+    room = f". ComfyUI leaves {whole - 0.7 * block:.1f} GiB of the card for its {whole:.1f} GiB"
+    measured = (
+        f": {3 * block / 2:.2f} s at the 2 GiB/s measured, while the blocks before them compute; no forward takes less"
+    )
+    assert said["part"] == said["the same again"] == [f"{copied}{room}."]
+    assert said["measured"] == [f"{copied}{measured}{room}."]
+    assert said["pageable"][0].startswith(
+        f"{copied}{measured}{room}. Warning: 1.0 GiB of them could not be page-locked"
+    )
+    everything = f"4 of the transformer's 4 blocks are streamed from RAM, {4 * block:.2f} GiB in each forward: "
+    assert said["asked for"][0].startswith(everything)
+    assert "ComfyUI leaves" not in said["asked for"][0]
+
+
+def test_nothing_is_said_of_a_transformer_that_is_and_was_on_the_card(seen):
+    assert seen["said"]["all"] == seen["said"]["and again"] == []
+    assert seen["said"]["all again"] == ["The whole transformer is on the card."]

@@ -56,6 +56,15 @@ def model_of(path, precision=None, **options):
     return make_model(source, precision or kept, None, resolve("pytorch", cpu, fp32, 128), REFERENCE, **options)
 
 
+def make_float(native):
+    for module in native.model.modules():
+        if isinstance(getattr(module, "weight", None), QuantizedTensor):
+            full = module.weight.dequantize()
+            if getattr(module, "pre_quant_scale", None) is not None:
+                full, module.pre_quant_scale = full * module.pre_quant_scale.float(), None
+            module.weight, module.layout_type = torch.nn.Parameter(full, requires_grad=False), None
+
+
 def off(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
@@ -85,12 +94,7 @@ with torch.inference_mode():
     for variant, path in json.loads(PATHS).items():
         native = comfy.sd.load_diffusion_model(path)
         theirs = velocity(native)
-        for module in native.model.modules():
-            if isinstance(getattr(module, "weight", None), QuantizedTensor):
-                full = module.weight.dequantize()
-                if getattr(module, "pre_quant_scale", None) is not None:
-                    full, module.pre_quant_scale = full * module.pre_quant_scale.float(), None
-                module.weight, module.layout_type = torch.nn.Parameter(full, requires_grad=False), None
+        make_float(native)
         exact = velocity(native)
         stored = model_of(path)
         promised = stored.model_size()

@@ -34,6 +34,7 @@ def test_scaled_fp8_is_loaded_as_it_is_stored(host, tmp_path):
     weight[:2, :4] = numbers
     path = tmp_path / "qwen_2.5_vl_7b_fp8_scaled.safetensors"
     state = {
+        "visual.merger.ln_q.weight": torch.ones(1280),
         LAYER + "bias": torch.zeros(512, dtype=torch.bfloat16),
         LAYER + "weight": weight.to(torch.float8_e4m3fn),
         LAYER + "scale_weight": torch.tensor(0.5),

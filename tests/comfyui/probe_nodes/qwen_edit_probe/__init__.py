@@ -3,6 +3,7 @@
 `/qwen_edit_probe` tells what ComfyUI's memory manager and the pack's owners hold, without queueing a prompt.
 """
 
+import contextlib
 import dataclasses
 import gc
 import sys
@@ -11,6 +12,7 @@ import threading
 import comfy.controlnet
 import comfy.model_detection
 import comfy.model_management
+import comfy.sd
 import comfy.utils
 import psutil
 import torch
@@ -19,6 +21,8 @@ from comfy.model_patcher import ModelPatcher
 from server import PromptServer
 
 import nodes as comfy_nodes
+
+from .small_encoder import small_sizes
 
 _detect_unet_config = comfy.model_detection.detect_unet_config
 
@@ -33,6 +37,23 @@ def _detect_any_width(state_dict, key_prefix, *args, **kwargs):
 
 
 comfy.model_detection.detect_unet_config = _detect_any_width
+
+
+_init_clip = comfy.sd.CLIP.__init__
+
+
+def _init_any_width(self, *args, state_dict=(), **kwargs):
+    """ComfyUI's, which knows the text encoder of Qwen-Image at its released width only, for small test files."""
+    names = {
+        k: t for state in (state_dict if isinstance(state_dict, list) else [state_dict]) for k, t in dict(state).items()
+    }
+    embeddings = next((t for name, t in names.items() if name.endswith("model.embed_tokens.weight")), None)
+    small = embeddings is not None and embeddings.shape[1] < 3584
+    with small_sizes(embeddings.shape[1], heads=4, kv_heads=4) if small else contextlib.nullcontext():
+        _init_clip(self, *args, state_dict=state_dict, **kwargs)
+
+
+comfy.sd.CLIP.__init__ = _init_any_width
 
 
 class _Any(str):
@@ -129,19 +150,19 @@ async def routes(request):
 
 
 class Pass:
-    """Hands a value on; another nonce makes everything after it run again."""
+    """Hands a value on, once there is `after`; another nonce makes everything after it run again."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {"required": {"value": (ANY,), "nonce": ("STRING",)}}
+        return {"required": {"value": (ANY,), "nonce": ("STRING",)}, "optional": {"after": (ANY,)}}
 
     @classmethod
     def VALIDATE_INPUTS(cls, input_types):
         return True
 
-    def run(self, value, nonce):
+    def run(self, value, nonce, after=None):
         return (value,)
 
 
