@@ -175,7 +175,7 @@ class Browser:
         )
         self.wait(
             "return !document.querySelector('[role=dialog]') && !window.app.isGraphLoading"
-            " && app.graph._nodes.some(n => n.title === 'Read me')"
+            " && app.graph._nodes.some(n => n.type === 'MarkdownNote')"
             " && window.app.extensionManager.workflow?.activeWorkflow?.filename?.startsWith(args[0])",
             30,
             name,

@@ -1,10 +1,12 @@
-// The words of badges, marks, messages and reports, in the language of the user: locales/*/main.json, as the server serves it.
+// The words of badges, marks, messages, reports and templates, in the language of the user: locales/*/main.json, as the server
+// serves it.
 
 import { app } from "../../../scripts/app.js";
 import { api } from "../../../scripts/api.js";
 import { learn } from "./sentences.js";
 
 let texts = {};
+let templates = { titles: {}, notes: {} }; // as they stand in their files
 
 const sentences = ({ qwenEditFast, qwenEditPerf }) => ({ ...qwenEditFast.sentences, ...qwenEditPerf.advice });
 
@@ -15,8 +17,11 @@ export async function loadTexts() {
   const language = app.extensionManager.setting.get("Comfy.Locale");
   const own = [all.en?.qwenEditFast, all[language]?.qwenEditFast].filter(Boolean);
   if (language !== "en" && own.length === 2) learn(...[all.en, all[language]].map(sentences));
+  templates = all[language]?.qwenEditFast?.templates ?? templates;
   texts = Object.assign({}, ...own.flatMap(({ badges, findings, accelerate }) => [badges, findings, accelerate]));
 }
+
+export const templateTexts = () => templates;
 
 export const known = (key) => key in texts;
 
