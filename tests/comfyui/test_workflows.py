@@ -153,6 +153,11 @@ def test_native_ksampler(edits: Edits):
     check_exact(edits("native_ksampler")[0], source, instructions.sepia(source))
 
 
+def test_official_2511_accelerated(edits: Edits):
+    source = picture("astronaut")
+    check_exact(edits("official_2511_accelerated")[0], source, instructions.grey(source))
+
+
 def test_a_batch_edits_a_folder(client: ArrayClient, server):
     workflow = json.loads(json.dumps(API["batch_of_edits"]))
     names = ("astronaut", "cat")
@@ -276,3 +281,8 @@ def test_template_has_a_thumbnail(name: str):
     path: Path = REPO / "workflows" / f"{name}.jpg"
     assert path.is_file(), "scripts/make_thumbnails.py makes the thumbnails."
     assert path.stat().st_size <= MAX_THUMBNAIL
+
+
+def test_no_two_thumbnails_are_the_same_picture():
+    pictures = [path.read_bytes() for path in (REPO / "workflows").glob("*.jpg")]
+    assert len(set(pictures)) == len(pictures) == len(TEMPLATES)
