@@ -93,7 +93,10 @@ def with_demo_model(workflow: dict[str, Any]) -> dict[str, Any]:
         kept[f"{name}_text"] = kept[name]
         del kept[name]["inputs"]["vae"]
         latent = [nodes_of(kept, "VAEEncode")[0], 0]
-        kept[name] = {"class_type": "ReferenceLatent", "inputs": {"conditioning": [f"{name}_text", 0], "latent": latent}}
+        kept[name] = {
+            "class_type": "ReferenceLatent",
+            "inputs": {"conditioning": [f"{name}_text", 0], "latent": latent},
+        }
     return kept | {"demo": demo}
 
 

@@ -1,4 +1,4 @@
-"""A Chinese page: nodes with their inputs and tooltips, templates, and reports, in parts that are put together too."""
+"""The page in English and Chinese: nodes with their inputs and tooltips, help, templates, and reports, put together from parts."""
 
 import json
 import re
@@ -77,6 +77,30 @@ LINES = {
     "a line of no template (with $& and {braces})": "a line of no template (with $& and {braces})",
     "$&: strength 1, 2 layers, 0.1 MiB, read from disk": "$&：强度 1，2 层，0.1 MiB，已从磁盘读取",
 }
+# Opens a node's help with its button, and waits until its pictures are there or not to be had.
+HELP = """
+const node = LiteGraph.createNode(args[0]);
+app.graph.clear();
+app.graph.add(node);
+[node.pos, app.canvas.ds.scale, app.canvas.ds.offset] = [[300, 200], 1, [0, 0]];
+app.canvas.selectNode(node);
+const found = async (look) => {
+  for (let waited = 0; waited < 100; waited++) {
+    const one = look();
+    if (one) return one;
+    await new Promise((done) => setTimeout(done, 50));
+  }
+  throw new Error(`no help of ${args[0]}`);
+};
+(await found(() => document.querySelector("[data-testid=info-button]"))).click();
+const help = await found(() => {
+  const shown = document.querySelector(".node-help-content");
+  return shown?.querySelector("h1")?.textContent === args[1] && shown;
+});
+const pictures = [...help.querySelectorAll("img")];
+await found(() => pictures.every((one) => one.complete));
+return [help.textContent, pictures.map((one) => one.naturalWidth)];
+"""
 REPORTS = """
 return app.graph.nodes.flatMap((node) => (node.widgets ?? []).filter((one) => one.name === "report").map((one) => one.value))
 """
@@ -98,8 +122,34 @@ def translated(browser: Browser, lines: list[str]) -> list[str]:
     )
 
 
+def words(markdown: str) -> str:
+    """What is to be read of a page, without its marks and blanks."""
+    shown = re.sub(r"!\[.*?\]\(.*?\)|^ *\d+\. |^```\w*$", "", markdown, flags=re.MULTILINE)
+    return re.sub(r"[\W_]", "", re.sub(r"\[(.*?)\]\(.*?\)", r"\1", shown))
+
+
+def shows_help(browser: Browser, page: str) -> None:
+    for kind in NODES:
+        markdown = (REPO / "web" / "docs" / page.format(kind)).read_text("utf-8")
+        text, pictures = browser.js(HELP, kind, markdown.split("\n")[0].removeprefix("# "))
+        assert re.sub(r"[\W_]", "", text) == words(markdown), kind
+        assert len(pictures) == markdown.count("![")
+        assert min(pictures) > 0, kind
+
+
+def test_the_help_of_every_node_opens_on_an_english_page(browser: Browser):
+    shows_help(browser, "{}.md")
+    assert browser.problems() == []
+
+
 def test_an_english_page_shows_what_the_server_wrote(browser: Browser):
     assert translated(browser, list(LINES)) == list(LINES)
+
+
+def test_the_help_of_every_node_opens_on_a_chinese_page(chinese: Browser):
+    chinese.problems()
+    shows_help(chinese, "{}/zh.md")
+    assert chinese.problems() == []
 
 
 def test_lines_are_put_together_from_what_is_known(chinese: Browser):
