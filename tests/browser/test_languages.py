@@ -8,6 +8,8 @@ from browser import Browser
 from comfy_host import PACK_NAME, REPO
 from seen import on_canvas
 
+from qwen_edit import perf
+
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 CHINESE = re.compile(r"[\u4e00-\u9fff]")
@@ -150,6 +152,30 @@ def test_the_help_of_every_node_opens_on_a_chinese_page(chinese: Browser):
     chinese.problems()
     shows_help(chinese, "{}/zh.md")
     assert chinese.problems() == []
+
+
+def test_the_table_of_a_run_is_chinese_in_its_columns(chinese: Browser):
+    run = perf.Run()
+    run.node_started("7", "KSampler")
+    for value in (1, 2, 3):
+        run.progress("7", value)
+    run.node_finished("7")
+    record = run.record("so far")
+    record["device"] |= {"peak_mib": 2048.0, "utilisation_mean": 93.0}
+    for cold in (True, False):
+        record |= {"cold": cold, "models_loaded": ["QwenImage", "WanVAE"]}
+        table = perf.stage_table(record).splitlines()
+        own = translated(chinese, table)
+        assert [line.split() for line in own[:4]] == [
+            ["阶段", "毫秒", "占比", "显卡毫秒"],
+            *(
+                line.replace("denoise", "去噪").replace("host", "节点之间").replace("total", "合计").split()
+                for line in table[1:4]
+            ),
+        ]
+        assert re.fullmatch(r"KSampler：3 步，每步 [\d.]+ 毫秒（(实际|显卡)）", own[4])
+        state = "冷启动（加载了 QwenImage, WanVAE）" if cold else "热运行"
+        assert re.fullmatch(rf"到目前为止，{state}，进程 [\d.]+ GiB +显存峰值 2.00 GiB +GPU 繁忙 93 %", own[5])
 
 
 def test_lines_are_put_together_from_what_is_known(chinese: Browser):
