@@ -192,3 +192,15 @@ class Browser:
     def api_graph(self) -> dict[str, Any]:
         """What the page would queue for the open graph, in API format."""
         return self.js("return (await window.app.graphToPrompt()).output")
+
+    def run(self, seconds: float) -> None:
+        """Queue the open graph and wait until it has run. Raises BrowserError when it does not succeed."""
+        self.js("""
+            window.ended = null;
+            for (const type of ["execution_success", "execution_error", "execution_interrupted"])
+              app.api.addEventListener(type, ({ detail }) => (window.ended ??= [type, detail]), { once: true });
+            await app.queuePrompt(0, 1);
+        """)
+        kind, detail = self.wait("return window.ended", seconds)
+        if kind != "execution_success":
+            raise BrowserError(f"{kind}: {detail.get('exception_message', '')}")

@@ -124,6 +124,12 @@ def translated(browser: Browser, lines: list[str]) -> list[str]:
     )
 
 
+CUT_OFF = """
+return app.graph.nodes.flatMap((node) => (node.widgets ?? []).filter((one) => one.name === "report"))
+  .filter(({ element }) => element.scrollHeight > element.clientHeight).map((one) => one.value)
+"""
+
+
 def words(markdown: str) -> str:
     """What is to be read of a page, without its marks and blanks."""
     shown = re.sub(r"!\[.*?\]\(.*?\)|^ *\d+\. |^```\w*$", "", markdown, flags=re.MULTILINE)
@@ -234,4 +240,5 @@ def test_the_reports_of_an_edit_are_chinese(chinese: Browser):
     lines = [line for report in chinese.js(REPORTS) for line in report.split("\n") if "  " not in line]
     assert [line for line in lines if re.search("[a-z]{2},? [a-z]{2}", line)] == []
     assert sum(bool(CHINESE.search(line)) for line in lines) > 3
+    assert chinese.js(CUT_OFF) == []
     assert chinese.problems() == []

@@ -29,6 +29,7 @@ function reportWidget(node) {
   if (element) {
     element.readOnly = true;
     element.style.opacity = 0.75;
+    element.style.lineHeight = `${lineHeight()}px`; // of Chinese lines too, which would be higher by themselves
   }
   return widget;
 }
