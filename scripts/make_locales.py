@@ -26,8 +26,14 @@ def english(object_info: dict[str, Any]) -> dict[str, Any]:
             continue
         inputs = {}
         for kind in ("required", "optional"):
-            for key, (_, *options) in node["input"].get(kind, {}).items():
+            for key, (typed, *options) in node["input"].get(kind, {}).items():
                 inputs[key] = _entry(options[0].get("display_name") or key, options[0].get("tooltip"))
+                if typed == "COMFY_AUTOGROW_V3":
+                    ((_, slot),) = options[0]["template"]["input"]["required"].values()
+                    # the page looks for pictures.picture_1 with _ in place of the dot
+                    slots = [f"{key}_{name}" for name in options[0]["template"]["names"]]
+                    inputs |= {one: _entry(one.removeprefix(f"{key}_"), slot["tooltip"]) for one in slots}
+                    inputs[key] = _entry(key, slot["tooltip"])
                 if options[0].get("control_after_generate"):
                     inputs["control_after_generate"] = {"name": "control after generate"}
         outputs = {

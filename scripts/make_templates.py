@@ -103,7 +103,7 @@ def tidy(name: str, graph: dict[str, Any]) -> dict[str, Any]:
         group["id"] = number
     graph["last_link_id"] = len(numbers)
     graph["id"] = str(uuid.uuid5(uuid.NAMESPACE_URL, f"qwen-edit-fast/{name}"))
-    graph["extra"] = {}
+    graph["extra"] = {"qwenEditTemplate": name}  # taken out by the page when the template is opened
     return graph
 
 

@@ -88,6 +88,15 @@ def with_demo_model(workflow: dict[str, Any]) -> dict[str, Any]:
             for key, value in node["inputs"].items()
         }
         kept[name] = node | {"inputs": inputs}
+    for name in nodes_of(kept, "TextEncodeQwenImageEditPlus"):
+        # with a VAE it would scale its reference to 1 megapixel
+        kept[f"{name}_text"] = kept[name]
+        del kept[name]["inputs"]["vae"]
+        latent = [nodes_of(kept, "VAEEncode")[0], 0]
+        kept[name] = {
+            "class_type": "ReferenceLatent",
+            "inputs": {"conditioning": [f"{name}_text", 0], "latent": latent},
+        }
     return kept | {"demo": demo}
 
 

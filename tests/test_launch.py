@@ -35,6 +35,17 @@ def test_comfyui_has_every_flag_that_is_planned(comfyui: Host, card: Card):
     assert not lacking
 
 
+@pytest.mark.slow
+def test_comfyui_starts_as_planned_and_with_the_flags_given_by_hand(comfyui: Host, tmp_path: Path):
+    script = [sys.executable, REPO / "scripts" / "launch_comfyui.py", "--comfyui", comfyui.comfyui, "--run"]
+    flags = ["--quick-test-for-ci", "--disable-all-custom-nodes", "--database-url", "sqlite:///:memory:"]
+    command = [*script, "--", *flags, "--base-directory", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "ComfyUI version: " in done.stdout + done.stderr
+    assert "Skipping loading of custom nodes" in done.stdout + done.stderr
+
+
 def test_an_installed_pack_knows_its_comfyui():
     assert around(Path("/x/ComfyUI/custom_nodes/pack")) == str(Path("/x/ComfyUI"))
     assert around(Path("/x/pack")) is None

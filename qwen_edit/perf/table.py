@@ -55,14 +55,17 @@ def stage_table(record: dict) -> str:
 
 
 def _footer(record: dict) -> str:
-    cold = "cold (loaded " + ", ".join(record["models_loaded"]) + ")" if record["cold"] else "warm"
-    parts = [record["status"], cold, f"process {record['process']['rss_mib_max'] / 1024:.2f} GiB"]
+    gib = record["process"]["rss_mib_max"] / 1024
+    if record["cold"]:
+        parts = [f"{record['status']}, cold (loaded {', '.join(record['models_loaded'])}), process {gib:.2f} GiB"]
+    else:
+        parts = [f"{record['status']}, warm, process {gib:.2f} GiB"]
     device = record["device"]
     if device.get("peak_mib"):
         parts.append(f"device peak {device['peak_mib'] / 1024:.2f} GiB")
     if device.get("utilisation_mean") is not None:
         parts.append(f"GPU {device['utilisation_mean']:.0f} % busy")
-    return ", ".join(parts)
+    return "  ".join(parts)
 
 
 def _number(value: float | None) -> str:

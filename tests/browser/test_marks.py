@@ -42,18 +42,6 @@ def our_inputs(browser: Browser) -> dict:
     }
 
 
-def run(browser: Browser) -> None:
-    browser.js("""
-        window.ended = "";
-        for (const type of ["execution_success", "execution_error"]) {
-          app.api.addEventListener(type, () => (window.ended = type), { once: true });
-        }
-        await app.queuePrompt(0, 1);
-    """)
-    browser.wait("return window.ended", 180)
-    assert browser.js("return window.ended") == "execution_success"
-
-
 def wait_for(page: tuple[Browser, bool], node: int, words: str) -> list[str]:
     """What is seen on a node, once the words are; the page draws a moment after a run has ended."""
     browser, nodes_2 = page
@@ -82,7 +70,7 @@ def test_findings_the_choice_and_resident_loras_stand_on_the_nodes_until_they_ar
     settings = "4 steps · no CFG · dyn. shift"
     assert settings in wait_for(page, SAMPLER, settings)
 
-    run(browser)
+    browser.run(180)
     shown = wait_for(page, SAMPLER, warning)
     assert warning in shown
     assert settings in shown
@@ -95,7 +83,7 @@ def test_findings_the_choice_and_resident_loras_stand_on_the_nodes_until_they_ar
 
     browser.js(SET, SAMPLER, "preset", "standard")
     browser.js(SET, SAMPLER, "steps", 2)
-    run(browser)
+    browser.run(180)
     shown = wait_for(page, SAMPLER, "2 steps · CFG 4 · dyn. shift")
     assert "2 steps · CFG 4 · dyn. shift" in shown
     assert warning not in shown
@@ -107,7 +95,7 @@ def test_findings_speak_chinese(page: tuple[Browser, bool]):
     browser.set("Comfy.Locale", "zh")
     browser.open()
     browser.load_api(json.loads((REPO / "workflows" / "api" / "lightning.json").read_text("utf-8")), "lightning")
-    run(browser)
+    browser.run(180)
     warning = f"⚠ {FINDINGS['zh']['lightning-missing']}"
     shown = wait_for(page, SAMPLER, warning)
     assert warning in shown
@@ -134,12 +122,12 @@ def test_a_fallback_stands_on_the_node_with_its_reason_until_a_run_without_one(p
         reason,
     )
     report = "return app.graph.getNodeById(5).widgets.find((widget) => widget.name === 'report').value"
-    run(browser)
+    browser.run(180)
     assert "↷ fallback" in wait_for(page, SAMPLER, "↷")
     assert browser.js(report).endswith(f"\n{reason}")
     browser.js(SET, SAMPLER, "preset", "standard")
     browser.js(SET, SAMPLER, "steps", 2)
-    run(browser)
+    browser.run(180)
     shown = wait_for(page, SAMPLER, "2 steps")
     assert "↷ fallback" not in shown
     assert reason not in browser.js(report)

@@ -5,7 +5,9 @@ import time
 
 import pytest
 from browser import Browser
+from comfy_client import ComfyClient
 from comfy_host import REPO
+from make_screenshots import MAX_BYTES, PICTURES, SHOWN
 from seen import on_canvas
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
@@ -17,10 +19,25 @@ COMPLAINTS = (
     "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn,"
     " [data-toast-kind=error], [data-toast-kind=warning]"
 )
+SHOWS_PICTURES = ("SaveImage", "PreviewImage", "QwenEditBatch", "QwenEditPerfReport", "QwenEditStepSweep")
+FEW_STEPS = """
+for (const widget of app.graph.nodes.filter((node) => node.type.startsWith("QwenEdit")).flatMap((node) => node.widgets ?? []))
+  if (widget.name === "steps") widget.value = 2;
+  else if (widget.name === "sweep") widget.value = "2, 3";
+"""
+PICTURE_WIDTHS = """
+const loaded = async ({ filename, subfolder, type }) => {
+  const picture = new Image();
+  picture.src = app.api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
+  await picture.decode();
+  return picture.naturalWidth;
+};
+return Promise.all((app.nodeOutputs[args[0]]?.images ?? []).map(loaded));
+"""
 
 
 @pytest.mark.parametrize("name", sorted(API.keys() - {"warm_up"}))  # which no person opens
-def test_template_opens_without_a_complaint_and_queues_its_api_workflow(browser: Browser, name: str):
+def test_template_opens_without_a_complaint_queues_its_api_workflow_and_runs(browser: Browser, name: str):
     browser.problems()
     browser.open_template(name)
     assert browser.api_graph() == API[name]
@@ -33,7 +50,22 @@ def test_template_opens_without_a_complaint_and_queues_its_api_workflow(browser:
         browser.wait("return !document.querySelector(args[0])", 10, COMPLAINTS)
         time.sleep(1)
         assert browser.js("return [...document.querySelectorAll(args[0])].map(e => e.textContent)", COMPLAINTS) == []
+        shows_its_results(browser, name)
     assert browser.problems() == []
+
+
+def shows_its_results(browser: Browser, name: str) -> None:
+    """The open template with few steps: it succeeds, and all of its results are pictures."""
+    if name == "batch_of_edits":  # of what lies in the input folder
+        with ComfyClient(browser.url) as client:
+            client.upload(REPO / "web" / "examples" / "qwen_edit_cat.png")
+    browser.js(FEW_STEPS)
+    browser.run(120)
+    for number, node in API[name].items():
+        if node["class_type"] in SHOWS_PICTURES:
+            widths = browser.js(PICTURE_WIDTHS, number)
+            assert widths, f"{name}: {node['_meta']['title']} shows no picture"
+            assert min(widths) >= 256
 
 
 def test_the_effective_settings_stand_on_the_sampler_and_not_in_its_widgets(browser: Browser):
@@ -86,31 +118,10 @@ def test_run_shows_progress_preview_and_reports(browser: Browser):
     assert browser.problems() == []
 
 
-def test_help_page_is_found_in_both_languages(browser: Browser):
-    for language, page in (("en", "QwenEditSampler.md"), ("zh", "QwenEditSampler/zh.md")):
-        text = browser.js("const a = await fetch(`/extensions/${args[0]}/docs/${args[1]}`); return await a.text()",
-                          "comfyui-qwen-edit-fast", page)  # fmt: skip
-        assert text == (REPO / "web" / "docs" / page).read_text("utf-8"), language
-
-
-def test_nodes_speak_chinese(browser: Browser):
-    texts = json.loads((REPO / "locales" / "zh" / "nodeDefs.json").read_text("utf-8"))
-    browser.set("Comfy.Locale", "zh")
-    try:
-        browser.open()
-        browser.load_api(API["single_edit"], "single_edit")
-        titles = browser.js("return app.graph._nodes.map(n => [n.type, n.constructor.title])")
-        shown = on_canvas(browser, 5)
-        labels = browser.js(
-            "return Object.fromEntries(app.graph.getNodeById(5).inputs.map(i => [i.name, i.label ?? i.localized_name]))"
-        )
-    finally:
-        browser.set("Comfy.Locale", "en")
-        browser.open()
-    assert {texts[kind]["display_name"] for kind, _ in titles if kind in texts} <= {title for _, title in titles}
-    assert shown == ["40 步 · CFG 4 · 动态偏移"]
-    assert labels["steps"] == texts["QwenEditSampler"]["inputs"]["steps"]["name"]
-
-
 def test_the_extension_is_small():
     assert sum(path.stat().st_size for path in (REPO / "web" / "js").glob("*.js")) < 100_000
+
+
+def test_the_pictures_of_the_page_are_there_and_small():
+    for name in SHOWN:
+        assert 0 < (PICTURES / f"{name}.jpg").stat().st_size <= MAX_BYTES, "scripts/make_screenshots.py makes them."

@@ -1,10 +1,14 @@
-"""The community's own checkers: comfy-lint on the workflows in API format, comfy-test on what the browser loads."""
+"""The community's own checkers: comfy-lint on the workflows in API format, comfy-test on what the browser loads,
+comfy-import-guard on what the pack imports from ComfyUI and how it calls it."""
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
-from comfy_host import REPO
+import pytest
+from comfy_host import REPO, Host
 
 FILES = ("LoadImage", "UNETLoader", "CLIPLoader", "VAELoader")  # name files that this server does not have
 
@@ -48,3 +52,35 @@ def test_comfy_test_finds_nothing_in_the_extension():
     checked = subprocess.run(command, capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
     assert "0 error(s), 0 warning(s)" in checked.stdout + checked.stderr
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="comfy-import-guard reads ComfyUI from a git repository")
+def test_comfy_import_guard_finds_all_that_the_pack_uses_of_comfyui(host: Host, tmp_path: Path):
+    clone, packs = tmp_path / "cache" / "ComfyUI", tmp_path / "custom_nodes"
+    for source in host.comfyui.glob("comfy*/"):
+        shutil.copytree(source, clone / source.name, ignore=shutil.ignore_patterns("__pycache__"))
+    for words in (
+        ["init", "-q"],
+        ["add", "-A"],
+        ["-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "-qm", "t"],
+    ):
+        subprocess.run(["git", *words], cwd=clone, check=True)
+    for name in ("pack", "broken"):
+        for folder in ("nodes", "qwen_edit"):
+            shutil.copytree(REPO / folder, packs / name / folder, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(REPO / "__init__.py", packs / name)
+    (packs / "broken" / "more.py").write_text("from comfy.model_management import fly\n")  # something to find
+    command = [
+        sys.executable,
+        "-c",
+        "from comfy_import_guard.cli import main; main()",
+        "--offline",
+        "--quiet",
+        "--json",
+    ]
+    command += ["--cache-dir", str(clone.parent), "check", "--comfy-dir", str(tmp_path), "--target", "HEAD"]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    found = {one["pack"]: one for one in json.loads(checked.stdout)["packs"]}
+    assert found["pack"]["verdict"] == "SAFE", found["pack"]
+    assert found["pack"]["references"] > 50
+    assert [one["symbol"] for one in found["broken"]["breaking"]] == ["fly"]

@@ -83,6 +83,7 @@ def check_exact(result: np.ndarray, source: np.ndarray, exact: np.ndarray) -> No
         ("large_picture_with_mask", [(600, 400)]),
         ("native_ksampler", [(256, 256)]),
         ("three_references", [(256, 256)]),
+        ("reference_cache", [(256, 256)] * 2),
         ("official_2511_accelerated", [(256, 256)]),
     ],
 )
@@ -91,7 +92,7 @@ def test_results_have_the_size_of_the_source(edits: Edits, name: str, sizes: lis
 
 
 def test_all_workflows_are_tested_and_in_both_formats():
-    assert len(TEMPLATES) == 14
+    assert len(TEMPLATES) == 15
     assert TEMPLATES.keys() == API.keys() - {"warm_up"}  # which is for probes, and no picture to look at
 
 
@@ -151,6 +152,11 @@ def test_large_picture_is_edited_inside_the_mask_only(edits: Edits):
 def test_native_ksampler(edits: Edits):
     source = picture("astronaut")
     check_exact(edits("native_ksampler")[0], source, instructions.sepia(source))
+
+
+def test_official_2511_accelerated(edits: Edits):
+    source = picture("astronaut")
+    check_exact(edits("official_2511_accelerated")[0], source, instructions.grey(source))
 
 
 def test_a_batch_edits_a_folder(client: ArrayClient, server):
@@ -276,3 +282,8 @@ def test_template_has_a_thumbnail(name: str):
     path: Path = REPO / "workflows" / f"{name}.jpg"
     assert path.is_file(), "scripts/make_thumbnails.py makes the thumbnails."
     assert path.stat().st_size <= MAX_THUMBNAIL
+
+
+def test_no_two_thumbnails_are_the_same_picture():
+    pictures = [path.read_bytes() for path in (REPO / "workflows").glob("*.jpg")]
+    assert len(set(pictures)) == len(pictures) == len(TEMPLATES)

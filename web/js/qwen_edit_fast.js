@@ -29,6 +29,7 @@ function reportWidget(node) {
   if (element) {
     element.readOnly = true;
     element.style.opacity = 0.75;
+    element.style.lineHeight = `${lineHeight()}px`; // of Chinese lines too, which would be higher by themselves
   }
   return widget;
 }
@@ -60,6 +61,11 @@ function removeProgressText(node) {
   if (widget) node.removeWidget(widget);
 }
 
+// ComfyUI labels the slots of a growing input with their names, and a label hides the translation.
+function showTranslatedSlots(node) {
+  for (const input of node.inputs) if (input.label === input.name.split(".")[1]) delete input.label;
+}
+
 // The templates edit pictures that come with the pack. Load Image reads from ComfyUI's input folder, so a
 // template that is opened puts its pictures there. ComfyUI keeps a file that is there already.
 async function provideExample(name) {
@@ -85,6 +91,12 @@ app.registerExtension({
       // Why it went on in another way than asked for: said while it ran, and not in what it returns.
       showReport(this, [output?.text, this.qwenEditSaid].flat());
     };
+    showTranslatedSlots(node);
+    const onConnectionsChange = node.onConnectionsChange;
+    node.onConnectionsChange = function () {
+      onConnectionsChange?.apply(this, arguments);
+      showTranslatedSlots(this); // a slot may have grown
+    };
   },
 
   async beforeConfigureGraph(graph) {
@@ -96,6 +108,7 @@ app.registerExtension({
   },
 
   loadedGraphNode(node) {
+    if (node.comfyClass?.startsWith("QwenEdit")) showTranslatedSlots(node);
     if (node.type !== "LoadImage") return;
     const widget = node.widgets?.find((one) => one.name === "image");
     const offered = widget?.options?.values;
