@@ -175,7 +175,7 @@ class Text:
 
 
 class Json:
-    """Any value that JSON knows, wrapped in a list because ComfyUI takes a list of two for a link."""
+    """Any value that JSON knows, wrapped in an object because ComfyUI takes every list for a link."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
 
@@ -188,7 +188,7 @@ class Json:
         return True
 
     def run(self, value):
-        return (value[0],)
+        return (value["is"],)
 
 
 class Picture:
