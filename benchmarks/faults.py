@@ -105,7 +105,7 @@ FAULTS: dict[str, dict[str, list[str]]] = {
         "comfyui/test_fault_table.py": ["test_a_log_that_cannot_be_written"],
     },
     "a package missing (slow tier)": {
-        "comfyui/test_surroundings.py": ["test_without_diffusers"],
+        "comfyui/test_surroundings.py": ["test_without_a_package"],
     },
     "ComfyUI newer or older than what the pack needs (slow tier)": {
         "comfyui/test_surroundings.py": ["test_a_comfyui_without"],

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..qwen_edit.doctor import examine_vae
 from ..qwen_edit.manifest import NOT_IDENTITY, Defaults, settings_of
+from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.recipes import recipe_for
 from ..qwen_edit.values import check_choice, check_kind, check_number, check_whole
 from .host.encoding import MAX_SIDE, REFERENCE_SIZES, check_size, require_clip
@@ -164,9 +165,10 @@ class QwenEditBatch(io.ComfyNode):
         for name, value in (("source", source), ("prompt", prompt), ("negative", negative), ("output", output)):
             check_kind(name, value, str, "a text")
         require_clip(clip)
-        from .host import batch, batch_files, sampling  # brings diffusers: only when a node runs
-        from .host.doctor import Report, report
-        from .host.vae import vae_facts
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host import batch, batch_files, sampling
+            from .host.doctor import Report, report
+            from .host.vae import vae_facts
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = [*report(examine_vae(vae_facts(vae))), *sampling.examine(model, recipe)]

@@ -3,6 +3,7 @@
 from comfy_api.latest import io, ui
 
 from ..qwen_edit.chart_style import NO_MATPLOTLIB, THEMES, note_picture
+from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.sweep import as_json, parse_sweep, sentence, sweep_table
 from ..qwen_edit.sweep_chart import contact_sheet, draw_sweep
 from ..qwen_edit.values import check_choice, check_whole
@@ -66,7 +67,8 @@ class QwenEditStepSweep(io.ComfyNode):
         check_choice("theme", theme, THEMES)
         import torch
 
-        from .host import sampling, sweeping  # brings diffusers: only when a node runs
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host import sampling, sweeping
 
         points = parse_sweep(sweep, preset, true_cfg_scale, shift)
         findings = dict.fromkeys(found for point in points for found in sampling.examine(model, point.recipe))
