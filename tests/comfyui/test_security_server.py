@@ -64,7 +64,7 @@ def hostile(graph, models) -> list[dict]:
     return made
 
 
-def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client, server, host, models, graph):
+def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client, server, host, models, graph, good):
     """By Python's audit events: the edit, every option that touches a disk, and values that try to lead elsewhere."""
     save_file(lora_state(1), models / "secret.safetensors")
     save_file(lora_state(1), models / "loras" / "allowed.safetensors")
@@ -100,7 +100,7 @@ def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client,
 
 
 @pytest.mark.parametrize("run", ["../../x", "/../../.", "a\0b", "..", "x" * 300])
-def test_a_run_whose_id_is_a_path_exports_nothing_elsewhere(client, server, run):
+def test_a_run_whose_id_is_a_path_exports_nothing_elsewhere(client, server, good, run):
     """ComfyUI takes ids that are UUIDs; the name of the export would hold none of another's signs."""
     graph = only(changed(every_node(client), "report", export="JSON and CSV"), "report")
     before = set(server.output.rglob("*"))
@@ -174,7 +174,7 @@ QUERIES = [
 ]  # fmt: skip
 
 
-def test_routes_check_what_they_are_asked_and_tell_no_paths(client, server, host, models, graph):
+def test_routes_check_what_they_are_asked_and_tell_no_paths(client, server, host, models, graph, good):
     edited(client, graph)
     private = [str(p) for p in (REPO, host.comfyui, models, server.work, Path.home(), sys.prefix) if str(p) != "/"]
     for _, path in own_routes(client):

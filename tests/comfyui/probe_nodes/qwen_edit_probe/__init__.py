@@ -280,8 +280,8 @@ class Patch:
             holder = torch.nn.Module()
             holder.diffusion_model = torch.nn.Linear(2, 2)
             return (ModelPatcher(holder, torch.device("cpu"), torch.device("cpu")),)
-        elif kind == "nan":
-            clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float("nan"))
+        elif kind in ("nan", "inf"):
+            clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float(kind))
         elif kind.startswith("nan at "):  # only in a run of so many steps
             steps = int(kind.split()[-1])
 
