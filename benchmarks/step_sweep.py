@@ -2,10 +2,12 @@
 
     COMFYUI_PATH=/path/to/ComfyUI python benchmarks/step_sweep.py [--sweep 4,8,12,20,40] [--cpu]
     python benchmarks/step_sweep.py --server http://127.0.0.1:8188 --model NAME --side 1024 --name step_sweep_h100
+    python benchmarks/step_sweep.py --server http://127.0.0.1:8188 --model NAME --image mine.png --prompt "paint the wall green"
 
 Without --server: a ComfyUI of its own. Every photograph (none of which the demo model was trained on) with every instruction;
 the medians over all are drawn as results/NAME.png. `one_answer` instructions have one exact result, which few steps reach;
-`many_answers` leave something to the model. Seconds are sampling alone, warm.
+`many_answers` leave something to the model. With --image and --prompt: that edit alone, at the picture's own size. Seconds are sampling
+alone, warm.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -74,6 +77,17 @@ def photograph(name: str, prompt: str, side: int) -> np.ndarray:
     return picture
 
 
+def cases(options: argparse.Namespace) -> Iterator[tuple[str, str, str, np.ndarray]]:
+    """Kind, the picture's name, prompt and picture of each sweep."""
+    if options.image is not None:
+        yield "own", options.image.name, options.prompt, np.asarray(Image.open(options.image).convert("RGB"))
+        return
+    for kind, prompts in INSTRUCTIONS.items():
+        for prompt in prompts:
+            for name in HELD_OUT[: options.photographs]:
+                yield kind, name, prompt, photograph(name, prompt, options.side)
+
+
 def medians(sweeps: list[dict[str, Any]]) -> list[Outcome]:
     """Of each point over all sweeps; a point that failed anywhere counts as failed."""
     combined = []
@@ -97,12 +111,16 @@ def main() -> None:
     parser.add_argument("--precision", default="auto", help="of the loader (default: %(default)s)")
     parser.add_argument("--sweep", default="4,8,12,20,40")
     parser.add_argument("--preset", default="standard", help="what the numbers are steps of")
-    parser.add_argument("--side", type=int, default=256, help="pixels")
+    parser.add_argument("--image", type=Path, help="a picture of one's own, with --prompt, instead of the photographs")
+    parser.add_argument("--prompt", help="what to change in --image")
+    parser.add_argument("--side", type=int, default=256, help="pixels of the photographs")
     parser.add_argument("--photographs", type=int, default=len(HELD_OUT))
     parser.add_argument("--name", default="step_sweep")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--cpu", action="store_true", help="for the server of its own")
     options = parser.parse_args()
+    if (options.image is None) != (options.prompt is None):
+        parser.error("--image and --prompt go together")
     runs = []
     with ExitStack() as stack:
         if options.server is None:
@@ -112,24 +130,23 @@ def main() -> None:
         else:
             url = options.server
         client = stack.enter_context(ArrayClient(url))
-        for kind, prompts in INSTRUCTIONS.items():
-            for prompt in prompts:
-                for name in HELD_OUT[: options.photographs]:
-                    image = client.upload_array(photograph(name, prompt, options.side))
-                    result = client.run(sweep_graph(image, prompt, options), timeout_s=3600)
-                    told = json.loads(result.outputs["sweep"]["sweep"][0])
-                    runs.append({"kind": kind, "photograph": name, "prompt": prompt, **told})
-                    print(f"{name}, {prompt}: knee {told['knee']}", flush=True)
+        for kind, name, prompt, picture in cases(options):
+            image = client.upload_array(picture)
+            result = client.run(sweep_graph(image, prompt, options), timeout_s=3600)
+            told = json.loads(result.outputs["sweep"]["sweep"][0])
+            runs.append({"kind": kind, "photograph": name, "prompt": prompt, **told})
+            print(f"{name}, {prompt}: knee {told['knee']}", flush=True)
     reference = runs[0]["reference"]
-    result = {"benchmark": "step_sweep", "environment": environment(), "side": options.side, "model": options.model}
-    for kind in (*INSTRUCTIONS, "all"):
+    result = {"benchmark": "step_sweep", "environment": environment(), "model": options.model}
+    result |= {"side": options.side} if options.image is None else {}
+    for kind in ("own",) if options.image is not None else (*INSTRUCTIONS, "all"):
         outcomes = medians([run for run in runs if kind in (run["kind"], "all")])
         knee = find_knee(outcomes, reference)
         print(f"\n{kind}, median of {len([run for run in runs if kind in (run['kind'], 'all')])}")
         print(sweep_table(outcomes, reference, knee))
         rows = [vars(one) | ({"psnr_db": None} if one.psnr_db == math.inf else {}) for one in outcomes]
         result[kind] = {"points": rows, "reference": reference, "knee": knee}
-        if kind == "many_answers":
+        if kind in ("many_answers", "own"):
             folder = options.results or RESULTS
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw_sweep(outcomes, reference, knee)).save(folder / f"{options.name}.png")

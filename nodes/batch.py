@@ -5,10 +5,11 @@ import time
 from comfy_api.latest import io
 
 from ..qwen_edit.doctor import examine_vae
-from ..qwen_edit.errors import INPUT
 from ..qwen_edit.manifest import NOT_IDENTITY, Defaults, settings_of
+from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.recipes import recipe_for
-from .host.encoding import MAX_SIDE, REFERENCE_SIZES
+from ..qwen_edit.values import check_choice, check_kind, check_number, check_whole
+from .host.encoding import MAX_SIDE, REFERENCE_SIZES, check_size, require_clip
 from .sampler import MAX_SEED, preset_input, recipe_overrides, summary
 
 MAX_MEGAPIXELS = 4.0
@@ -155,18 +156,19 @@ class QwenEditBatch(io.ComfyNode):
         wave=4,
         together=0,
     ) -> io.NodeOutput:
-        _check("seed", seed, 0, MAX_SEED)
-        _check("wave", wave, 1, MAX_WAVE)
-        _check("together", together, 0, MAX_TOGETHER)
-        if not 0 <= megapixels <= MAX_MEGAPIXELS:
-            raise ValueError(
-                f"{INPUT} megapixels is {megapixels}; it must be 0 (as the picture) to {MAX_MEGAPIXELS:g}."
-            )
-        if clip is None:
-            raise ValueError(f"{INPUT} There is no CLIP: its loader loads no text encoder. Choose one there.")
-        from .host import batch, batch_files, sampling  # brings diffusers: only when a node runs
-        from .host.doctor import Report, report
-        from .host.vae import vae_facts
+        check_whole("seed", seed, 0, MAX_SEED)
+        check_whole("wave", wave, 1, MAX_WAVE)
+        check_whole("together", together, 0, MAX_TOGETHER)
+        check_number("megapixels", megapixels, 0, MAX_MEGAPIXELS)
+        check_size(width, height)
+        check_choice("reference_size", reference_size, REFERENCE_SIZES)
+        for name, value in (("source", source), ("prompt", prompt), ("negative", negative), ("output", output)):
+            check_kind(name, value, str, "a text")
+        require_clip(clip)
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host import batch, batch_files, sampling
+            from .host.doctor import Report, report
+            from .host.vae import vae_facts
 
         recipe = recipe_for(preset, steps, true_cfg_scale, shift)
         findings = [*report(examine_vae(vae_facts(vae))), *sampling.examine(model, recipe)]
@@ -189,8 +191,3 @@ class QwenEditBatch(io.ComfyNode):
             "failed": [{"line": bad.line, "reason": bad.reason} for bad in tally.failed],
         }
         return io.NodeOutput(text, tally.written, tally.there, len(tally.failed), ui=shown)
-
-
-def _check(name: str, value: int, least: int, most: int) -> None:
-    if not (isinstance(value, int) and least <= value <= most):
-        raise ValueError(f"{INPUT} {name} is {value}; it must be {least} to {most}.")

@@ -13,6 +13,7 @@ from .host.encoding import (
     Encoder,
     broadcast,
     leave_card,
+    require_clip,
     split_batches,
 )
 from .host.vae import vae_facts
@@ -93,11 +94,7 @@ class QwenEditEncode(io.ComfyNode):
         given = {name: split_batches(name, images) for name, images in _in_order(pictures) if images}
         if not given:
             raise ValueError(f"{INPUT} No picture is connected. Connect at least picture_1.")
-        if clip[0] is None:
-            raise ValueError(
-                f"{INPUT} There is no CLIP: its loader loads no text encoder. Choose one there, or connect another loader's"
-                " CLIP."
-            )
+        require_clip(clip[0])
         columns = {"prompt": prompt, "negative": negative, "width": width, "height": height, **given}
         encoder = Encoder(clip[0], vae[0])
         results, notes = [], report(examine_vae(vae_facts(vae[0])))

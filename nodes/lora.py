@@ -1,12 +1,9 @@
 """QwenEditLoraSwitch: which resident LoRAs are active, and how strong."""
 
-import math
-
 from comfy_api.latest import io, ui
 
-from ..qwen_edit.errors import INPUT
 from ..qwen_edit.needs import explained_imports
-from ..qwen_edit.recipes import is_number
+from ..qwen_edit.values import check_number
 from .host import folders
 from .host.request import LORA_MODES
 
@@ -74,10 +71,7 @@ class QwenEditLoraSwitch(io.ComfyNode):
         wanted = []
         for slot in range(1, SLOTS + 1):
             name, strength = slots.get(f"lora_{slot}", folders.NONE), slots.get(f"strength_{slot}", 1.0)
-            if not (is_number(strength) and math.isfinite(strength) and abs(strength) <= MAX_STRENGTH):
-                raise ValueError(
-                    f"{INPUT} strength_{slot} is {strength}; it must be a number between -{MAX_STRENGTH:g} and {MAX_STRENGTH:g}."
-                )
+            check_number(f"strength_{slot}", strength, -MAX_STRENGTH, MAX_STRENGTH)
             if name != folders.NONE:
                 wanted.append((folders.lora_path(name), strength))
         clone, lines = switch(model, target, wanted, mode)

@@ -10,6 +10,8 @@ from comfy_execution.utils import get_executing_context
 
 from ..qwen_edit import perf
 from ..qwen_edit.chart_style import NO_MATPLOTLIB, THEMES, note_picture
+from ..qwen_edit.manifest import safe_name
+from ..qwen_edit.values import check_choice, check_kind
 from .host.perf import earlier_runs, ensure_run, so_far
 from .host.perf_panel import NAME
 from .pictures import as_image
@@ -85,6 +87,8 @@ class QwenEditPerfLogger(io.ComfyNode):
 
     @classmethod
     def execute(cls, value, label="", include_text=False) -> io.NodeOutput:
+        check_kind("label", label, str, "a text")
+        check_kind("include_text", include_text, bool, "true or false")
         run = ensure_run()
         if run is None:
             return io.NodeOutput(value, ui=ui.PreviewText(NOT_MEASURED))
@@ -135,6 +139,8 @@ class QwenEditPerfReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, export="off", theme="dark") -> io.NodeOutput:
+        check_choice("export", export, EXPORTS)
+        check_choice("theme", theme, THEMES)
         run, context = ensure_run(), get_executing_context()
         if run is None or context is None:
             chart = as_image(note_picture(NOT_MEASURED))
@@ -161,7 +167,8 @@ def _exported(record: dict, advice: perf.Advice, endings: tuple[str, ...]) -> li
     started = datetime.datetime.fromisoformat(record["time"])
     lines = []
     for ending in endings:
-        path = folder / f"report_{started:%Y%m%d_%H%M%S}_{record['prompt_id'][:8]}.{ending}"
+        run = safe_name(record["prompt_id"][:8])  # a client may choose it
+        path = folder / f"report_{started:%Y%m%d_%H%M%S}_{run}.{ending}"
         try:
             perf.write_whole(path, perf.as_json(record, advice) if ending == "json" else perf.as_csv(record))
             lines.append(f"Written: {NAME}/{path.name}")

@@ -2,24 +2,18 @@
 place."""
 
 import dataclasses
-import math
 
+import torch
 from comfy_api.latest import io, ui
 
 from ..qwen_edit import geometry as geo
+from ..qwen_edit.values import check_choice, check_kind, check_number, check_whole
 from .host.upscale import upscale
 
 GeometryType = io.Custom("QWEN_EDIT_GEOMETRY")
 TARGETS = ["area", "longest side"]
-
-
-def _number(name: str, value: float, low: float, high: float) -> float:
-    """A widget or linked value, checked again: ComfyUI lets NaN and linked values past its own limits."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"[QE_INPUT] {name}: got {value!r}, expected a number from {low:g} to {high:g}.")
-    if not low <= value <= high:
-        raise ValueError(f"[QE_INPUT] {name}: got {value:g}, expected {low:g} to {high:g}.")
-    return value
+MIN_MEGAPIXELS, MAX_MEGAPIXELS = 0.01, 4.0
+MAX_FEATHER = 256  # pixels
 
 
 class QwenEditSmartResize(io.ComfyNode):
@@ -48,8 +42,8 @@ class QwenEditSmartResize(io.ComfyNode):
                 io.Float.Input(
                     "megapixels",
                     default=1.0,
-                    min=0.01,
-                    max=4.0,
+                    min=MIN_MEGAPIXELS,
+                    max=MAX_MEGAPIXELS,
                     step=0.01,
                     round=0.0001,
                     tooltip="Area of the model picture when the target is area, in units of 1024×1024 "
@@ -93,15 +87,16 @@ class QwenEditSmartResize(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, target, megapixels, longest_side, fit) -> io.NodeOutput:
+        check_choice("target", target, TARGETS)
+        check_number("megapixels", megapixels, MIN_MEGAPIXELS, MAX_MEGAPIXELS)
+        check_whole("longest_side", longest_side, geo.MULTIPLE, geo.MAX_SIDE)
+        check_choice("fit", fit, geo.FITS)
         rgb = geo.to_rgb(image)
         height, width = rgb.shape[1:3]
         if target == "area":
-            size = geo.target_by_area(width, height, _number("megapixels", megapixels, 0.01, 4.0) * 2**20)
-        elif target == "longest side":
-            side = _number("longest_side", longest_side, geo.MULTIPLE, geo.MAX_SIDE)
-            size = geo.target_by_longest_side(width, height, side)
+            size = geo.target_by_area(width, height, megapixels * 2**20)
         else:
-            raise ValueError(f"[QE_INPUT] target: got {target!r}, expected one of {', '.join(TARGETS)}.")
+            size = geo.target_by_longest_side(width, height, longest_side)
         plan = geo.plan(width, height, size, fit)
         # Encode makes an edit of each picture of a batch; each then finds its own source on the way back.
         geometries = [dataclasses.replace(plan, source=source) for source in image.split(1)]
@@ -139,7 +134,7 @@ class QwenEditRestoreSize(io.ComfyNode):
                     "feather",
                     default=16,
                     min=0,
-                    max=256,
+                    max=MAX_FEATHER,
                     advanced=True,
                     tooltip="Width of the seam in source pixels, inside the mask. 0 cuts hard. Used only with a mask.",
                 ),
@@ -149,17 +144,15 @@ class QwenEditRestoreSize(io.ComfyNode):
 
     @classmethod
     def execute(cls, image, geometry, upscale_model=None, mask=None, feather=16) -> io.NodeOutput:
-        if not isinstance(geometry, geo.Geometry):
-            raise ValueError(
-                f"[QE_INPUT] geometry: got {type(geometry).__name__}, expected the geometry output of Smart Resize."
-            )
-        feather = int(_number("feather", feather, 0, 256))
+        check_kind("geometry", geometry, geo.Geometry, "the geometry output of Smart Resize")
+        check_whole("feather", feather, 0, MAX_FEATHER)
         edited = geo.to_rgb(image, "edited image")
         text = f"{edited.shape[2]}×{edited.shape[1]} → {geometry.source_width}×{geometry.source_height}"
         if upscale_model is not None and min(geometry.scale) < 1.0:
             edited = upscale(upscale_model, edited)
             text += f", through an upscale model ({edited.shape[2]}×{edited.shape[1]})"
         if mask is not None:
+            check_kind("mask", mask, torch.Tensor, "a MASK")
             text += f", {float((mask > 0).float().mean()):.0%} of the picture edited"
         restored = geo.restore(geometry, edited, mask, feather)
         return io.NodeOutput(restored, ui=ui.PreviewText(text))

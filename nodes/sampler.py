@@ -2,9 +2,9 @@
 
 from comfy_api.latest import io
 
-from ..qwen_edit.errors import INPUT
 from ..qwen_edit.needs import explained_imports
-from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, is_number, recipe_for
+from ..qwen_edit.recipes import MAX_CFG, MAX_SHIFT, MAX_STEPS, PRESETS, Recipe, StaticShift, recipe_for
+from ..qwen_edit.values import check_whole
 from .host.doctor import Report
 
 MAX_SEED = 0xFFFFFFFFFFFFFFFF
@@ -94,8 +94,7 @@ class QwenEditSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, preset, seed, steps=0, true_cfg_scale=0.0, shift=0.0
     ) -> io.NodeOutput:
-        if not (is_number(seed, int) and 0 <= seed <= MAX_SEED):
-            raise ValueError(f"{INPUT} The seed is {seed}; it must be 0 to {MAX_SEED}.")
+        check_whole("seed", seed, 0, MAX_SEED)
         with explained_imports():  # it brings diffusers: only when a node runs
             from .host import sampling
 

@@ -2,10 +2,11 @@
 
 from comfy_api.latest import io, ui
 
-from ..qwen_edit.chart_style import NO_MATPLOTLIB, note_picture
-from ..qwen_edit.errors import INPUT
+from ..qwen_edit.chart_style import NO_MATPLOTLIB, THEMES, note_picture
+from ..qwen_edit.needs import explained_imports
 from ..qwen_edit.sweep import as_json, parse_sweep, sentence, sweep_table
 from ..qwen_edit.sweep_chart import contact_sheet, draw_sweep
+from ..qwen_edit.values import check_choice, check_whole
 from .host.doctor import Report
 from .perf import theme_input
 from .pictures import as_image
@@ -62,11 +63,12 @@ class QwenEditStepSweep(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, vae, sweep, preset, seed, true_cfg_scale=0.0, shift=0.0, theme="dark"
     ) -> io.NodeOutput:
-        if not (isinstance(seed, int) and 0 <= seed <= MAX_SEED):
-            raise ValueError(f"{INPUT} The seed is {seed}; it must be 0 to {MAX_SEED}.")
+        check_whole("seed", seed, 0, MAX_SEED)
+        check_choice("theme", theme, THEMES)
         import torch
 
-        from .host import sampling, sweeping  # brings diffusers: only when a node runs
+        with explained_imports():  # they bring diffusers: only when a node runs
+            from .host import sampling, sweeping
 
         points = parse_sweep(sweep, preset, true_cfg_scale, shift)
         findings = dict.fromkeys(found for point in points for found in sampling.examine(model, point.recipe))

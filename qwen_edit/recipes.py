@@ -9,7 +9,6 @@ values (5.0, 7.0, 8.5) are not here because Qwen-Image-Edit is not guidance-dist
 
 import math
 from dataclasses import dataclass, replace
-from types import UnionType
 from typing import Any, Literal
 
 import numpy as np
@@ -17,6 +16,7 @@ import torch
 
 from .errors import INPUT
 from .rope import Positions
+from .values import check_choice, is_number
 
 
 @dataclass(frozen=True)
@@ -75,12 +75,6 @@ MAX_CFG = 100.0
 MAX_SHIFT = 100.0
 
 
-def is_number(value: object, kind: type | UnionType = int | float) -> bool:
-    """Whether a widget or linked value is a number at all; ComfyUI checks neither type nor range of what comes through links
-    of any type."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
 def recipe_for(preset: str, steps: int = 0, true_cfg_scale: float = 0.0, shift: float = 0.0) -> Recipe:
     """The preset's recipe with overrides; an override of 0 keeps the preset's value.
 
@@ -91,8 +85,7 @@ def recipe_for(preset: str, steps: int = 0, true_cfg_scale: float = 0.0, shift: 
     Raises:
         ValueError: an unknown preset, or a value outside its range (NaN included).
     """
-    if not isinstance(preset, str) or preset not in PRESETS:
-        raise ValueError(f"{INPUT} The preset is {preset!r}; it must be one of {', '.join(PRESETS)}.")
+    check_choice("preset", preset, PRESETS)
     if not (is_number(steps, int) and 0 <= steps <= MAX_STEPS):
         raise ValueError(f"{INPUT} steps is {steps}; it must be 0 (the preset's value) or 1 to {MAX_STEPS}.")
     if not (is_number(true_cfg_scale) and (true_cfg_scale == 0 or 1 <= true_cfg_scale <= MAX_CFG)):

@@ -13,8 +13,10 @@ import torch
 
 from .errors import INPUT
 from .recipes import PRESETS, Recipe, recipe_for
+from .values import check_kind
 
 MAX_POINTS = 16
+MAX_DIGITS = 20  # of a number of steps; Python itself refuses thousands
 SSIM_WINDOW = 11  # pixels, Gaussian of 1.5: Wang et al. 2004, "Image quality assessment"
 
 
@@ -56,14 +58,16 @@ def parse_sweep(text: str, preset: str, true_cfg_scale: float = 0.0, shift: floa
         true_cfg_scale, shift: overrides as in `recipe_for`; they hold for numbers of steps, not for named presets.
 
     Raises:
-        ValueError: an unknown word, a number out of range, a point twice, fewer than two or more than `MAX_POINTS`.
+        ValueError: no text, an unknown word, a value out of range, a point twice, fewer than two or more than `MAX_POINTS`.
     """
+    check_kind("sweep", text, str, "a text")
+    recipe_for(preset, 0, true_cfg_scale, shift)  # which no point may need
     names = {name.lower(): name for name in PRESETS}
     points = []
     for item in (item.strip() for item in text.replace("\n", ",").split(",")):
         if not item:
             continue
-        if item.isdecimal():
+        if item.isdecimal() and len(item) < MAX_DIGITS:
             if int(item) == 0:
                 raise ValueError(f"{INPUT} The sweep holds 0; a number of steps is at least 1.")
             points.append(Point(str(int(item)), recipe_for(preset, int(item), true_cfg_scale, shift)))

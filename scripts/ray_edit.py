@@ -4,7 +4,8 @@
     python ray_edit.py --manifest night.csv --address auto --output edited/      on all GPUs of a cluster that runs already
 
 Needs Ray (pip install "ray>=2.40"). Ray places the workers, starts dead ones again and gives them their work
-again. In a cluster every machine has this pack, ComfyUI and Python at the same paths. A run that was stopped goes on by
+again. In a cluster every machine has this pack, ComfyUI and Python at the same paths; where `ray start` says that it
+authenticates by token, set RAY_AUTH_MODE=token for this script too. A run that was stopped goes on by
 being started again. The exit status is 0 when every item is done, 1 when one failed, 130 after Ctrl-C.
 """
 

@@ -382,4 +382,4 @@ def test_prompts(text, times):
     assert "<|im_end|>" not in plain
 
 
-# Manifests of batches are fuzzed with the module that reads them.
+# Manifests of batches are fuzzed in test_manifest.py.

@@ -4,11 +4,19 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from test_fuzzing import anything, fuzz, outcome
 
 from qwen_edit import manifest, text_encoder
 from qwen_edit.manifest import Defaults, Item, Refused, contained, digest, read_manifest, safe_name, settings_of
 
 DEFAULTS = Defaults(prompt="make it grey", seed=4, width=64)
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8, also of halves of surrogate pairs, which is then none."""
+    return text.encode("utf-8", "surrogatepass")
 
 
 def read(tmp_path: Path, text: str | bytes, suffix: str = ".csv") -> list:
@@ -177,3 +185,57 @@ def test_settings_are_of_the_graph_and_not_of_its_ids():
 
     assert graph("1", "2") == graph("7", "8")
     assert graph("1", "2") != graph("1", "2", strength=0.5)
+
+
+# Anything as a manifest: items, lines that are refused, or one sentence for the whole file
+
+known = st.sampled_from(manifest.COLUMNS)
+columns = known | st.sampled_from(["pictures", "Picture ", "x", "", "\ufeffpicture"])
+cells = st.text(st.characters(), max_size=9) | st.sampled_from(
+    ["a.png", "../a.png", "64", "0", "65", "-1", "1e3", "18446744073709551616", '"', '"a', "\0", "\r", "\n", ",", "x" * 8001]
+)  # fmt: skip
+tables = st.builds(
+    lambda header, rows, end: (utf8(end.join(",".join(row) for row in [header, *rows])), ".csv"),
+    st.lists(known, max_size=4, unique=True).map(lambda some: [*some[:-1], "picture"]) | st.lists(columns, max_size=5),
+    st.lists(st.lists(cells, max_size=6), max_size=4),
+    st.sampled_from(["\n", "\r\n", "\r"]),
+)
+values = anything | cells | st.integers(-1, 9).map(lambda n: 16 * n) | st.lists(cells, max_size=12)
+rows = st.dictionaries(known, values, max_size=3).map(lambda some: {"picture": "a.png"} | some)
+lines = (rows | st.dictionaries(columns, values, max_size=5) | values).map(json.dumps) | cells
+json_lines = st.lists(lines, max_size=4).map(lambda some: (utf8("\n".join(some)), ".jsonl"))
+anyhow = st.tuples(st.binary(max_size=200) | st.text().map(utf8), st.sampled_from([".csv", ".jsonl"]))
+
+
+@fuzz(300)
+@given(tables | json_lines | anyhow)
+@example((b'{"picture": ' + b"[" * 100_000, ".jsonl"))
+@example((b'{"picture": "a.png", "seed": ' + b"9" * 5000 + b"}", ".jsonl"))
+@example((b'{"picture": "\\ud800.png", "prompt": "\\udfff"}', ".jsonl"))
+@example((b'{"picture": "a.png", "seed": NaN, "width": -0.0}', ".jsonl"))
+@example((b'picture,prompt\na.png,"x\n', ".csv"))
+@example((b"picture\n\0.png\n", ".csv"))
+@example((b"picture\n" + b"x" * 200_000 + b"\n", ".csv"))
+def test_anything_as_a_manifest(tmp_path, fuzzed):
+    data, suffix = fuzzed
+    path = tmp_path / f"fuzzed{suffix}"
+    path.write_bytes(data)
+    items, said = outcome(lambda: read_manifest(path, DEFAULTS), "[QE_INPUT]")
+    if items is None:
+        assert path.name in said
+        return
+    for item in items:
+        if isinstance(item, Refused):
+            assert item.reason.startswith(f"[QE_INPUT] line {item.line}")
+            continue
+        assert 1 <= len(item.pictures) <= manifest.MAX_PICTURES
+        assert item.prompt.strip()
+        assert 0 <= item.seed <= manifest.MAX_SEED
+        assert all(0 <= side <= manifest.MAX_SIDE and side % manifest.GRID == 0 for side in (item.width, item.height))
+        assert digest(item, ["0" * 64] * len(item.pictures), "{}")
+        assert manifest.is_picture(manifest.result_name(item, "0" * 12))
+        for name in item.pictures:
+            path_of, _ = outcome(lambda name=name: contained(tmp_path, name), "[QE_INPUT]")
+            assert path_of is None or path_of.is_relative_to(tmp_path.resolve())
+        assert item.where
+    assert [item.line for item in items] == sorted(item.line for item in items)

@@ -17,6 +17,7 @@ import queue_edit
 from comfy_client import Event, ImageRef, Result, node_order
 from edit_job import Edit, JobError
 from manifest_run import load_batch_workflow
+from run_summary import BatchBar, Refused, Summary, duration
 
 WORKFLOW = {
     "10": {"class_type": "LoadImage", "inputs": {"image": "b"}},
@@ -198,6 +199,36 @@ def test_the_progress_bar_shows_steps_on_a_terminal_and_lines_elsewhere():
     assert "  Sampler [########......................] 10/40" in shown[True]
     assert shown[True].endswith("\r")
     assert shown[False].splitlines() == ["  1 of 5 nodes are unchanged since the last time", "  Sampler"]
+
+
+def test_a_runs_bar_says_how_fast_it_goes_and_how_long_it_takes():
+    bar = BatchBar()
+    assert bar.line(Summary(0), 0.0) == f"[{'.' * 30}] 0/0"
+    assert (
+        bar.line(Summary(60, already_there=20), 5.0) == f"[{'#' * 10}{'.' * 20}] 20/60"
+    )  # no pace yet, so no time left
+    bad = Refused(3, "a", "")
+    half = Summary(60, written=10, already_there=18, failed=[bad, bad], outages=1)
+    # 10 in 20 s, so 30 in 60 s more; what was there before is no work
+    assert bar.line(half, 20.0) == (
+        f"[{'#' * 15}{'.' * 15}] 30/60, 30.0 a minute, 1 min 0 s left, 2 failed, server away 1 times"
+    )
+    assert bar.line(Summary(7, written=7), 9000.0) == f"[{'#' * 30}] 7/7, 0.0 a minute, 0 s left"
+    assert duration(2 * 3600 + 600) == "2 h 10 min"
+
+
+@pytest.mark.parametrize("live", [True, False])
+def test_a_runs_bar_is_one_line_on_a_terminal_and_a_line_now_and_then_elsewhere(monkeypatch, live):
+    stream = Terminal() if live else io.StringIO()
+    monkeypatch.setattr("sys.stderr", stream)
+    bar = BatchBar()
+    for written in range(1, 5):
+        bar.show(Summary(4, written=written), written == 4)
+    if live:
+        assert [line[:3] for line in stream.getvalue().split("\r")] == ["", "[##", "[##", "[##", "[##"]
+        assert stream.getvalue().count("\n") == 1
+    else:
+        assert [line.partition(",")[0][-3:] for line in stream.getvalue().splitlines()] == ["1/4", "4/4"]
 
 
 def frame(opcode: int, data: bytes, final: bool = True) -> bytes:

@@ -155,7 +155,7 @@ def test_modules_import_only_what_is_listed():
     probed = {"triton", "comfy_kitchen", "flash_attn", "flash_attn_interface", "sageattention", "xformers", "pynvml"}
     host = {
         "comfy", "comfy_aimdo", "comfy_api", "comfy_execution", "comfy_extras", "comfyui_version", "folder_paths", "latent_preview", "node_helpers",
-        "nodes", "server", "aiohttp", "transformers", "torch", "spandrel",
+        "nodes", "server", "aiohttp", "transformers", "torch", "spandrel", "kornia",
     }  # fmt: skip
     listed = {"pil" if name == "pillow" else name for name in names_in((REPO / "requirements.txt").read_text())}
     imported = set()
@@ -165,5 +165,8 @@ def test_modules_import_only_what_is_listed():
                 imported |= {alias.name.partition(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and not node.level:
                 imported.add((node.module or "").partition(".")[0])
+            elif isinstance(node, ast.Call) and dotted(node.func).endswith("import_module"):
+                imported |= {a.value.partition(".")[0] for a in node.args if isinstance(a, ast.Constant)}
+    assert "kornia" in imported
     unknown = {n for n in imported if n.lower() not in listed} - host - probed - set(sys.stdlib_module_names)
     assert not unknown

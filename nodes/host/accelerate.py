@@ -16,6 +16,7 @@ import comfy.ops
 import comfy.patcher_extension
 import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
+from comfy.model_patcher import ModelPatcher
 from comfy_aimdo import model_vbar
 from comfy_execution.utils import get_executing_context
 
@@ -27,6 +28,7 @@ from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.modulation import ModulationCache
 from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies, with_row_scales
 from ...qwen_edit.transformer import Forward
+from ...qwen_edit.values import check_choice, check_kind
 from . import folders, notes
 from .doctor import Report, keep_facts, report
 from .facts import native_model_facts
@@ -60,8 +62,8 @@ def accelerate(model, attention: str):
     Raises:
         ValueError: a MODEL of another family, or an attention that is not offered.
     """
-    if attention not in CHOICES:
-        raise ValueError(f"{INPUT} attention is {attention!r}; it must be one of {', '.join(CHOICES)}.")
+    check_choice("attention", attention, CHOICES)
+    check_kind("model", model, ModelPatcher, "a MODEL")
     transformer = model.get_model_object("diffusion_model")
     if isinstance(transformer, HostTransformer):
         return model, Report(["This MODEL comes from QwenEditLoader and has the fast forward already."])
@@ -99,6 +101,7 @@ def lora_target(model) -> LoraTarget:
     Raises:
         ValueError: the MODEL does not run our forward, which alone applies them.
     """
+    check_kind("model", model, ModelPatcher, "a MODEL")
     transformer = model.get_model_object("diffusion_model")
     if isinstance(transformer, HostTransformer):
         return LoraTarget({k: v for k, v in transformer.config.items() if not k.startswith("_")}, transformer.dtype)

@@ -14,10 +14,10 @@ from PIL import Image
 from ...qwen_edit import pictures as pic
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.geometry import MULTIPLE, calculate_dimensions, nearest_multiple
-from ...qwen_edit.recipes import is_number
 from ...qwen_edit.resample import to_rgb
 from ...qwen_edit.text_encoder import EDIT_TEMPLATE, as_plain_text, with_pictures
-from .clip import leave_card, shared_pictures
+from ...qwen_edit.values import check_choice, check_kind, is_number
+from .clip import leave_card, require_clip, shared_pictures
 from .prompts import Seen, encode_prompts
 
 __all__ = [
@@ -27,7 +27,9 @@ __all__ = [
     "Edit",
     "Encoder",
     "broadcast",
+    "check_size",
     "leave_card",
+    "require_clip",
     "split_batches",
 ]
 
@@ -140,6 +142,8 @@ class Encoder:
         self._now = {key: self._before.get(key, made) for key, made in (prepared or {}).items()}
         held = {id(result) for result in self._before.values()}
         self._seen = {picture: features for picture, features in self._seen.items() if picture in held}
+        for name, text in (("prompt", edit.prompt), ("negative", edit.negative)):
+            check_kind(name, text, str, "a text")
         sizes = [self._once(self._original, picture).size for picture in edit.pictures]
         width, height, notes = output_size(edit.width, edit.height, sizes[0])
         if len(sizes) > TESTED_PICTURES:
@@ -218,17 +222,22 @@ class Encoder:
         return [self._now[keys[text]] for text in texts]
 
 
+def check_size(width: int, height: int) -> None:
+    """Raise a ValueError unless each side is 0 or a multiple of 16 inside its range."""
+    for name, value in (("width", width), ("height", height)):
+        if not is_number(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
+            raise ValueError(
+                f"{INPUT} {name} is {value!r:.80}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
+            )
+
+
 def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int, int, list[str]]:
     """Pixels of the result and notes. 0 takes picture 1's side, or follows its aspect ratio from the other side.
 
     Raises:
         ValueError: a side that is no multiple of 16 or outside its range.
     """
-    for name, value in (("width", width), ("height", height)):
-        if not is_number(value, int) or (value and not (GRID <= value <= MAX_SIDE and value % GRID == 0)):
-            raise ValueError(
-                f"{INPUT} {name} is {value}; it must be 0 (from picture 1) or a multiple of {GRID} from {GRID} to {MAX_SIDE}."
-            )
+    check_size(width, height)
     wanted_width = width or (height * picture[0] / picture[1] if height else picture[0])
     wanted_height = height or (width * picture[1] / picture[0] if width else picture[1])
     notes = []
@@ -244,8 +253,7 @@ def output_size(width: int, height: int, picture: tuple[int, int]) -> tuple[int,
 
 def reference_size(rule: str, number: int, ratio: float, width: int, height: int) -> tuple[int, int]:
     """Pixels of reference ``number`` (from 0) with aspect ``ratio`` for a result of ``width`` x ``height``."""
-    if rule not in REFERENCE_SIZES:
-        raise ValueError(f"{INPUT} reference_size is {rule!r}; it must be one of {', '.join(REFERENCE_SIZES)}.")
+    check_choice("reference_size", rule, REFERENCE_SIZES)
     if rule == "one megapixel":
         return _of_area(OFFICIAL_AREA, ratio)
     if number == 0 and abs(math.log(ratio * height / width)) < max(SAME_ASPECT, MULTIPLE / min(width, height)):

@@ -36,6 +36,7 @@ from ...qwen_edit.precision import (
 from ...qwen_edit.quantize import stored_bytes
 from ...qwen_edit.stored_weights import families
 from ...qwen_edit.streaming import streamed_blocks
+from ...qwen_edit.values import check_choice
 from . import folders
 from .clip import OFFLOAD_AFTER_USE, SAVED_CLIP_PREFIX, load_clip, load_saved_clip
 from .doctor import keep_facts
@@ -89,10 +90,9 @@ def load(request: LoadRequest) -> Loaded:
         ("precision", request.precision, PRECISIONS),
         ("attention", request.attention, ATTENTION),
         ("offload", request.offload, OFFLOAD),
-        ("model_version", request.model_version, tuple(VERSIONS)),
+        ("model_version", request.model_version, VERSIONS),
     ):
-        if value not in offered:
-            raise ValueError(f"{INPUT} {what} is {value!r}; it must be one of {', '.join(offered)}.")
+        check_choice(what, value, offered)
     path = folders.model_path(request.model)
     # Before what goes with it: nobody should look for a text encoder to a file that is no transformer of this model.
     source = (

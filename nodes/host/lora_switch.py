@@ -5,9 +5,10 @@ from pathlib import Path
 
 from comfy.weight_adapter import LoHaAdapter, LoKrAdapter, LoRAAdapter
 
-from ...qwen_edit.errors import INPUT, LORA
+from ...qwen_edit.errors import LORA
 from ...qwen_edit.linear import HighRank
 from ...qwen_edit.lora_files import MAX_RANK
+from ...qwen_edit.values import check_choice
 from .fused import explained, reserve
 from .lora import LORAS, NOTHING, ActiveLora, LoraStack, LoraTarget, ResidentLora, pool_line, resident
 from .model import HostTransformer
@@ -27,8 +28,7 @@ def switch(model, target: LoraTarget, wanted: Sequence[tuple[Path, float]], mode
     Raises:
         ValueError: a file is no LoRA of this model (see ``read_lora``), or of too high a rank for mode resident.
     """
-    if mode not in LORA_MODES:
-        raise ValueError(f"{INPUT} mode is {mode!r}; it must be one of {', '.join(LORA_MODES)}.")
+    check_choice("mode", mode, LORA_MODES)
     ours = isinstance(model.model.diffusion_model, HostTransformer)
     clone = model.clone()
     options = clone.model_options["transformer_options"]

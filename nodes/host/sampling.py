@@ -8,6 +8,7 @@ import comfy.sample
 import comfy.samplers
 import latent_preview
 import torch
+from comfy.model_patcher import ModelPatcher
 from comfy_extras.nodes_cfg import CFGNorm
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 
@@ -16,6 +17,7 @@ from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.finite import all_finite
 from ...qwen_edit.perf import record_step
 from ...qwen_edit.recipes import DynamicShift, Recipe, dynamic_sigmas, rescale_to_cond, sigma_table
+from ...qwen_edit.values import check_kind
 from .doctor import report
 from .facts import facts_of_model, log_run, run_facts
 from .forward import STEPS, KnownSteps
@@ -78,6 +80,8 @@ def sample(
         ValueError: the result holds NaN or infinity; the message names attention and precision.
     """
     require_ours(model)
+    for name, conditioning in (("positive", positive), ("negative", negative)):
+        check_kind(name, conditioning, list, "a CONDITIONING")
     log_run(model, recipe)
     latent = native_latent(model, latent)
     prepared, sigmas = _prepare(model, latent, recipe)
@@ -154,6 +158,7 @@ def _counted(callback, steps: KnownSteps):
 
 def require_ours(model) -> None:
     """Raise a ValueError unless the MODEL holds our transformer."""
+    check_kind("model", model, ModelPatcher, "a MODEL")
     if not isinstance(model.model.diffusion_model, HostTransformer):
         raise ValueError(
             f"{INPUT} This MODEL was not loaded by QwenEditLoader. Load the model with it, or use ComfyUI's own nodes."
@@ -166,6 +171,7 @@ def native_latent(model, latent: dict) -> dict:
     Raises:
         ValueError: another shape, or numbers that are not finite.
     """
+    check_kind("latent", latent, dict, "a LATENT")
     samples = comfy.sample.fix_empty_latent_channels(
         model, latent["samples"], latent.get("downscale_ratio_spacial"), latent.get("downscale_ratio_temporal")
     )

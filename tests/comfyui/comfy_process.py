@@ -11,6 +11,7 @@ from comfy.cli_args import args
 args.cpu = True
 import importlib.util
 import torch
+{before}
 spec = importlib.util.spec_from_file_location("pack", Path({repo!r}) / "__init__.py", submodule_search_locations=[{repo!r}])
 pack = importlib.util.module_from_spec(spec)
 sys.modules["pack"] = pack
@@ -18,10 +19,11 @@ spec.loader.exec_module(pack)
 """
 
 
-def run_in_comfyui(host: Host, code: str, timeout_s: float = 120) -> str:
-    """What `code` prints. The pack is the package `pack`; its modules are imported by the code itself."""
+def run_in_comfyui(host: Host, code: str, timeout_s: float = 120, before: str = "") -> str:
+    """What `code` prints. The pack is the package `pack`; its modules are imported by the code itself. `before` runs before
+    the pack is imported."""
     done = subprocess.run(
-        [host.python, "-c", PRELUDE.format(repo=str(REPO)) + code],
+        [host.python, "-c", PRELUDE.format(repo=str(REPO), before=before) + code],
         cwd=host.comfyui,
         capture_output=True,
         text=True,

@@ -1,8 +1,10 @@
 """Hundreds of edits from two clients at once, all queued before the first is done, and what the server takes for them."""
 
+import re
 import threading
 import time
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -28,9 +30,10 @@ class Loaded:
     resident_settled: float = 0.0
     resident_end: float = 0.0
     resident_slope_per_100: float = 0.0
+    own_slope_per_100: float = 0.0  # of what no file stands behind, swapped out or not
     files_settled: int = 0
     files_end: int = 0
-    samples: list[tuple[float, int]] = field(default_factory=list)
+    samples: list[tuple[float, int, float]] = field(default_factory=list)
 
     def table(self) -> str:
         values = asdict(self)
@@ -64,7 +67,9 @@ def run_load(server: ComfyServer, edits: int, side: int = 128) -> Loaded:
                 with lock:
                     outcome.correct += right
                     outcome.wrong += not right
-                    outcome.samples.append((process.memory_info().rss / 2**20, process.num_fds()))
+                    outcome.samples.append(
+                        (process.memory_info().rss / 2**20, process.num_fds(), own_memory(server.pid))
+                    )
 
         threads = [threading.Thread(target=follow, args=(who,)) for who in (0, 1)]
         for thread in threads:
@@ -77,13 +82,19 @@ def run_load(server: ComfyServer, edits: int, side: int = 128) -> Loaded:
                 e for e in clients[who].events[marks[who] :] if e.type in ("progress", "progress_state", "executing")
             ]
             outcome.foreign_events += sum(event.data["prompt_id"] not in queued[who] for event in events)
-    memory, files = (np.array(column) for column in zip(*outcome.samples, strict=True))
+    memory, files, own = (np.array(column) for column in zip(*outcome.samples, strict=True))
     settled = min(SETTLED, edits // 2)
     outcome.resident_settled, outcome.resident_end = (round(float(memory[at]), 1) for at in (settled, -1))
-    slope = np.polyfit(np.arange(settled, edits), memory[settled:], 1)[0]
-    outcome.resident_slope_per_100 = round(100 * float(slope), 2)
+    slopes = [100 * float(np.polyfit(np.arange(settled, edits), one[settled:], 1)[0]) for one in (memory, own)]
+    outcome.resident_slope_per_100, outcome.own_slope_per_100 = (round(slope, 2) for slope in slopes)
     outcome.files_settled, outcome.files_end = int(files[settled]), int(files[-1])
     return outcome
+
+
+def own_memory(pid: int) -> float:
+    """MiB of a process that no file stands behind, in RAM or swapped out: unlike what is resident, no other process moves it."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return sum(int(found[1]) for found in re.finditer(r"^(?:RssAnon|VmSwap):\s*(\d+) kB", status, re.MULTILINE)) / 1024
 
 
 def _graphs(client: ArrayClient, number: int, side: int) -> list[Graph]:

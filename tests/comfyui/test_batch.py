@@ -231,6 +231,7 @@ def test_status_says_what_was_done_and_leaks_no_path(client, server):
     (model, *_) = status["environment"]["models"]
     assert model["attention"]
     assert model["attention_why"]
+    assert (model["kernels"], model["kernels_why"]) == ("pytorch", "the model runs on cpu")
     with pytest.raises(ExecutionFailed):
         client.run(batch_graph("not there", "status"), timeout_s=60)
     status = client.get("/qwen_edit/status")

@@ -7,9 +7,10 @@ import struct
 import numpy as np
 import pytest
 import torch
-from comfy_client import Interrupted
+from comfy_client import Interrupted, PromptRejected
 from comfy_process import save_comfyui_vae
-from edits import between, changed, edited, failure, fresh, look, note, picture, refusal, run_fresh, small_edit
+from edits import between, changed, edited, failure, fresh, look, note, picture, run_fresh, small_edit
+from every_node import INFO, complaint, every_node, is_link, linked, only, widgets
 from graphs import node
 from safetensors.torch import load_file, save_file
 from test_lora import lora_state
@@ -121,6 +122,17 @@ BAD_FILES = {
     "gap": (_gap, "missing"),
     "unknown format": (_unknown_format, "transformer_blocks.1.attn.to_q.weight has the format 'int3_tilewise'"),
 }
+UNREADABLE = (
+    "web page",
+    "lfs pointer",
+    "pickle",
+    "truncated",
+    "trailing bytes",
+    "overlapping offsets",
+    "huge header",
+    "empty",
+)
+OTHER_MODELS = ("flux", "lora")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +154,8 @@ def test_a_bad_file_chosen_as_model_is_refused_by_name(client, graph, good, mode
     assert said.startswith("[QE_WEIGHTS]")
     assert path.stem in said
     assert message in said
+    assert kind not in UNREADABLE or f"({path.stat().st_size:,} bytes)" in said
+    assert kind not in OTHER_MODELS or "this loader needs the transformer of Qwen-Image-Edit" in said
     assert look(client)["loaded"] == before
 
 
@@ -243,46 +257,84 @@ def test_a_file_that_is_replaced_behind_its_name_is_read_again(client, graph, go
 
 # Values
 
+NAN, INF = float("nan"), float("inf")
+SEEDS, SIDES = [-1, 2**64], [-16, 65, 8, 10**12]
+GUIDANCE, SHIFTS, STRENGTHS = [NAN, INF, -1.0, 0.5, 1e30], [NAN, -INF, -0.1, 1e9], [NAN, INF, -11.0, 1e308]
 NUMBERS = {
     ("sampler", "steps"): [-1, 1001, 10**30],
-    ("sampler", "true_cfg_scale"): [float("nan"), float("inf"), -1.0, 0.5, 1e30],
-    ("sampler", "shift"): [float("nan"), float("-inf"), -0.1, 1e9],
-    ("sampler", "seed"): [-1, 2**64],
-    ("encode", "width"): [-16, 65, 8, 10**12],
-    ("encode", "height"): [-16, 65, 10**12],
+    ("sampler", "true_cfg_scale"): GUIDANCE,
+    ("sampler", "shift"): SHIFTS,
+    ("sampler", "seed"): SEEDS,
+    ("encode", "width"): SIDES,
+    ("encode", "height"): SIDES,
+    **{("switch", f"strength_{slot}"): STRENGTHS for slot in range(1, 5)},
+    ("preset", "steps"): [-1, 1001],
+    ("preset", "true_cfg_scale"): GUIDANCE,
+    ("preset", "shift"): SHIFTS,
+    ("sweep", "seed"): SEEDS,
+    ("sweep", "true_cfg_scale"): GUIDANCE,
+    ("sweep", "shift"): SHIFTS,
+    ("batch", "seed"): SEEDS,
+    ("batch", "megapixels"): [NAN, INF, -0.1, 4.1],
+    ("batch", "width"): SIDES,
+    ("batch", "height"): SIDES,
+    ("batch", "steps"): [-1, 1001],
+    ("batch", "true_cfg_scale"): GUIDANCE,
+    ("batch", "shift"): SHIFTS,
+    ("batch", "wave"): [0, 65],
+    ("batch", "together"): [-1, 17],
+    ("resize", "megapixels"): [NAN, INF, 0.0, 4.1],
+    ("resize", "longest_side"): [31, 2049, -64],
+    ("restore", "feather"): [-1, 257],
 }
-CASES = [(*key, value) for key, values in NUMBERS.items() for value in values]
 
 
-def refusal_or_failure(client, graph) -> str:
-    """Refused before the queue by ComfyUI, or by the node."""
-    try:
-        return refusal(client, graph)
-    except AssertionError:
-        return failure(client, graph)
+@pytest.fixture
+def every(client):
+    return every_node(client)
 
 
-def test_numbers_out_of_range_are_refused_as_widgets_and_as_links(client, graph, good):
-    for which, name, value in CASES:
-        said = refusal_or_failure(client, changed(graph, which, **{name: value}))
-        assert name in said, (which, name, value, said)
-        # ComfyUI checks neither range nor NaN of what comes through a link
-        linked = changed(graph, which, **{name: ["number", 0]})
-        linked["number"] = node("ProbeNumber", text=repr(value))
-        said = failure(client, linked)
-        assert said.startswith("[QE_INPUT]"), (which, name, value, said)
-        assert name in said, (which, name, value, said)
+@pytest.mark.parametrize("which", sorted({which for which, _ in NUMBERS}))
+def test_numbers_out_of_range_are_refused_as_widgets_and_as_links(client, every, good, which):
+    for (_, name), values in ((key, values) for key, values in NUMBERS.items() if key[0] == which):
+        for value in values:
+            said = complaint(client, changed(every, which, **{name: value}), which)
+            assert name in said, (name, value, said)
+            said = complaint(client, linked(every, which, name, value), which)
+            assert said.startswith("[QE_INPUT]"), (name, value, said)
+            assert name in said, (name, value, said)
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-11.0", "1e308"])
-def test_a_linked_strength_out_of_range_is_refused(client, graph, good, models, value):
-    save_file(lora_state(1), models / "loras" / "strong.safetensors")
-    switched = between(graph, ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs("strong.safetensors"))
-    switched["between"]["inputs"]["strength_1"] = ["number", 0]
-    switched["number"] = node("ProbeNumber", text=value)
-    said = failure(client, switched)
-    assert said.startswith("[QE_INPUT]")
-    assert "strength_1" in said
+WRONG = {
+    "INT": [2.5, True, "4"],
+    "FLOAT": [True, "4", None],
+    "STRING": [5, None],
+    "COMBO": [5, None, ["auto"]],
+    "BOOLEAN": [1, "yes"],
+}
+# The pack's sentences about files that are not offered name them as people do.
+FILES = ("model", "text_encoder", "vae", "lora_1", "lora_2", "lora_3", "lora_4")
+
+
+def test_values_of_the_wrong_type_through_a_link_are_refused(client, every, good):
+    for which, name, kind in widgets(every):
+        for value in WRONG[kind]:
+            said = complaint(client, linked(every, which, name, value), which)
+            assert said.startswith("[QE_INPUT]"), (which, name, value, said)
+            assert name in said or name in FILES, (which, name, value, said)
+
+
+PASSED_ON = (("logger", "value"), ("report", "image"))  # whatever it is
+
+
+def test_anything_else_through_a_models_or_a_pictures_link_is_refused(client, every, good):
+    for which, one in every.items():
+        links = [name for name, value in one["inputs"].items() if is_link(value) and (which, name) not in PASSED_ON]
+        for name in links if one["class_type"] in INFO else ():
+            for value in (5, None):
+                if (name, value) != ("mask", None):
+                    said = complaint(client, linked(every, which, name, value), which)
+                    assert said.startswith("[QE_INPUT]"), (which, name, value, said)
 
 
 def switch_inputs(name: str, strength: float = 1.0) -> dict:
@@ -290,19 +342,11 @@ def switch_inputs(name: str, strength: float = 1.0) -> dict:
     return inputs | {"lora_1": name, "strength_1": strength}
 
 
-def test_a_number_of_the_wrong_type_through_a_link_is_refused(client, graph, good):
-    for which, name, text in (("sampler", "steps", "2.5"), ("sampler", "seed", "1.5"), ("encode", "width", "64.5")):
-        linked = changed(graph, which, **{name: ["number", 0]})
-        linked["number"] = node("ProbeNumber", text=text)
-        said = failure(client, linked)
-        assert said.startswith("[QE_INPUT]"), (name, said)
-        assert name in said
-
-
 COMBOS = [
     ("loader", "model"),
     ("loader", "text_encoder"),
     ("loader", "vae"),
+    *[("switch", f"lora_{slot}") for slot in range(1, 5)],
     ("loader", "profile"),
     ("loader", "precision"),
     ("loader", "attention"),
@@ -310,6 +354,17 @@ COMBOS = [
     ("loader", "model_version"),
     ("encode", "reference_size"),
     ("sampler", "preset"),
+    ("accelerate", "attention"),
+    ("switch", "mode"),
+    ("preset", "preset"),
+    ("sweep", "preset"),
+    ("sweep", "theme"),
+    ("batch", "preset"),
+    ("batch", "reference_size"),
+    ("resize", "target"),
+    ("resize", "fit"),
+    ("report", "export"),
+    ("report", "theme"),
 ]
 PATHS = [
     "../{}",
@@ -324,32 +379,30 @@ PATHS = [
 ]
 
 
-@pytest.mark.parametrize(("which", "name"), COMBOS)
-def test_a_combo_takes_only_what_it_offers(client, graph, good, models, which, name):
+@pytest.mark.parametrize("which", sorted({which for which, _ in COMBOS}))
+def test_a_combo_takes_only_what_it_offers(client, every, good, models, which):
     """Paths that lead out of ComfyUI's folders are refused before anything runs, and through links as well."""
     save_file(transformer_state(), models / "secret.safetensors")
+    save_file(lora_state(1), models / "secret lora.safetensors")
     if not (models / "secret").exists():
         shutil.copytree(DEMO, models / "secret", ignore=shutil.ignore_patterns("loras"))
-    for pattern in PATHS:
-        value = pattern.format("secret.safetensors", root=models)
-        said = refusal(client, changed(graph, which, **{name: value}))
-        assert name in said
-        linked = changed(graph, which, **{name: ["text", 0]})
-        linked["text"] = node("ProbeText", text=value)
-        said = refusal_or_failure(client, linked)
-        assert "[QE_INPUT]" in said or "mismatch" in said, (value, said)
+    for name in (name for node_id, name in COMBOS if node_id == which):
+        secret = "secret lora.safetensors" if name.startswith("lora_") else "secret.safetensors"
+        for pattern in PATHS if name in FILES else PATHS[-3:]:
+            value = pattern.format(secret, root=models)
+            with pytest.raises(PromptRejected, match=name):
+                client.queue(only(changed(every, which, **{name: value}), which))
+            said = complaint(client, linked(every, which, name, value), which)
+            assert said.startswith("[QE_INPUT]"), (name, value, said)
 
 
-@pytest.mark.parametrize("pattern", PATHS)
-def test_a_lora_combo_takes_only_what_it_offers(client, graph, good, models, pattern):
-    save_file(lora_state(1), models / "secret lora.safetensors")
-    value = pattern.format("secret lora.safetensors", root=models)
-    switched = between(graph, ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs(value))
-    assert "lora_1" in refusal(client, switched)
-    switched["between"]["inputs"]["lora_1"] = ["text", 0]
-    switched["text"] = node("ProbeText", text=value)
-    said = refusal_or_failure(client, switched)
-    assert "[QE_INPUT]" in said or "mismatch" in said
+def test_every_widget_of_every_node_is_tried(client, every):
+    assert {one["class_type"] for one in every.values()} >= set(INFO)
+    tried = {"COMBO": set(COMBOS), "INT": set(NUMBERS), "FLOAT": set(NUMBERS)}
+    missed = [
+        (which, name) for which, name, kind in widgets(every) if (which, name) not in tried.get(kind, [(which, name)])
+    ]
+    assert missed == []
 
 
 # Pictures and latents
@@ -431,7 +484,7 @@ def test_more_than_three_pictures_warn(client, good):
     assert "Warning: 4 pictures" in note(result, "encode")
 
 
-def test_an_empty_prompt_warns(client):
+def test_an_empty_prompt_warns(client, good):
     result = run_fresh(client, small_edit(client, picture(0), prompt=" "))
     assert "Warning: the prompt is empty" in note(result, "encode")
 
@@ -449,9 +502,10 @@ def test_a_latent_of_another_shape_is_refused(client, graph, good, kind, shape):
     assert shape in said
 
 
-def test_nan_from_the_model_makes_no_picture_and_names_attention_and_precision(client, server, graph, good):
+@pytest.mark.parametrize("kind", ["nan", "inf"])
+def test_nan_from_the_model_makes_no_picture_and_names_attention_and_precision(client, server, graph, good, kind):
     before = set(server.output.rglob("*.png"))
-    said = failure(client, between(graph, ("loader", 0), "ProbePatch", "model", kind="nan"))
+    said = failure(client, between(graph, ("loader", 0), "ProbePatch", "model", kind=kind))
     assert said.startswith("[QE_NAN]")
     assert "Precision fp32" in said
     assert "attention pytorch" in said

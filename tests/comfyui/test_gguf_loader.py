@@ -181,7 +181,7 @@ def test_a_lora_on_conditioning_is_refused(client, packed):
 @pytest.mark.parametrize(
     ("name", "said"), [("llama.gguf", "the architecture 'llama'"), ("cut.gguf", "the download was cut off")]
 )
-def test_bad_files_are_refused_by_name(client, packed, name, said):
+def test_bad_files_are_refused_by_name(client, good, packed, name, said):
     good, before = edited(client, packed), sorted(look(client)["loaded"])
     message = failure(client, changed(packed, "transformer", model=name))
     assert message.startswith(f"[QE_WEIGHTS] {name}")

@@ -251,7 +251,7 @@ def test_bad_loras_are_refused_by_name(client, graph, models, kind):
     assert np.array_equal(picture_of(client, fresh(graph)), before)
 
 
-def test_a_partly_matching_lora_is_applied_with_a_counted_warning(client, graph, models):
+def test_a_partly_matching_lora_is_applied_with_a_counted_warning(client, graph, good, models):
     state = lora_state(1) | {
         "transformer.other_blocks.0.to_q.lora_A.weight": torch.zeros(4, 8),
         "transformer.other_blocks.0.to_q.lora_B.weight": torch.zeros(8, 4),

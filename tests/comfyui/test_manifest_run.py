@@ -2,10 +2,13 @@
 
 import itertools
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import comfy_client
 import manifest_run
 import numpy as np
 import pytest
@@ -145,6 +148,53 @@ def test_a_server_that_answers_and_takes_no_prompt_ends_the_run(server, manifest
         with pytest.raises(ComfyError, match="took nothing into its queue"):
             run.run(line.url)
     assert 1 < line.wrong["prompt"] < 100
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows cannot send Ctrl-C to one process")
+def test_ctrl_c_ends_a_manifest_with_130_and_the_next_start_goes_on(client, server, manifest, tmp_path):
+    output = tmp_path / "edited"
+    workflow = tmp_path / "workflow.json"
+    arguments = command(server, manifest, workflow, output)
+    workflow.write_text(json.dumps(batch_graph("", "stopped", steps=50, together=1)))
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.monotonic() + 60
+    while not list(output.glob("*.png")):
+        assert process.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    while any(client.get("/queue").values()):
+        assert time.monotonic() < end, "The batch still runs."
+        time.sleep(0.1)
+    kept = len(list(output.iterdir()))
+    assert 1 <= kept < 5
+    assert all(path.suffix == ".png" for path in output.iterdir())
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert f"{5 - kept} written, {kept} already there, 2 failed" in done.stdout
+    assert done.returncode == 1
+
+
+@pytest.mark.usefixtures("_in_a_hurry")
+def test_a_server_that_stays_away_is_waited_for_as_long_as_was_asked(server, manifest, tmp_path, monkeypatch):
+    """The line to it is cut after the first result, and every later request."""
+    monkeypatch.setattr(comfy_client, "RECONNECT_S", 0.5)
+    output = tmp_path / "out"
+
+    def rule(request, seen):
+        away = seen["away"] or (request.startswith("GET /view") and list(output.glob("*.png")))
+        return ("away", CUT) if away else None
+
+    with BadLine(server.url, rule) as line:
+        run = ManifestRun(batch_graph("", "stays away"), manifest, output, patience_s=3)
+        begin = time.monotonic()
+        with pytest.raises(ComfyError, match=r"The server stayed away for 3 s\. No ComfyUI answers"):
+            run.run(line.url)
+    assert 3 < time.monotonic() - begin < 60
+    assert run.summary.left >= 3
+    assert len(list(output.iterdir())) == run.summary.written == 1
 
 
 @pytest.mark.usefixtures("_in_a_hurry")

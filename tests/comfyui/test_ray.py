@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from array_client import from_file, to_png
 from batches import batch_graph
 from comfy_host import REPO
+from comfy_server import free_port
 from edit_job import JobError
 from edit_worker import Delivered
 from edits import picture
@@ -67,6 +69,57 @@ def test_two_workers_one_killed(host, tmp_path):
         assert from_file(path.read_bytes()).shape == (64, 64, 3)
     assert max(Counter(wrote(work)).values()) == 1
     assert len(list(work.glob("worker*/server/output/ray/*.png"))) == ITEMS
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """The address of a cluster that somebody has started: two CPUs, no GPU."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # or it depends on whether the user has a token
+    with tempfile.TemporaryDirectory(prefix="ray") as folder:  # a short name, since sockets lie in it
+        address = f"127.0.0.1:{free_port()}"
+        start = [
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=2",
+            "--num-gpus=0",
+        ]
+        start += ["--include-dashboard=false", "--disable-usage-stats", f"--temp-dir={folder}"]
+        start += ["--node-ip-address=127.0.0.1", f"--port={address.rpartition(':')[2]}"]
+        head = subprocess.Popen(start, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert head.stdout is not None
+        said = ""
+        while "Ray runtime started" not in said:
+            line = head.stdout.readline()
+            assert line, said
+            said += line
+        yield address
+        head.terminate()
+        try:
+            head.communicate(timeout=60)
+        finally:
+            head.kill()
+
+
+def test_a_cluster_that_runs_already_takes_workers_on_the_cpu_and_refuses_gpus_that_it_has_not(cluster, host, tmp_path):
+    manifest = make_manifest(tmp_path / "pictures", 4, side=64)
+    workflow = tmp_path / "workflow.json"
+    workflow.write_text(json.dumps(batch_graph("", "ray", steps=2)))
+    command = [
+        sys.executable, REPO / "scripts" / "ray_edit.py", "--address", cluster, "--manifest", manifest, "--workflow", workflow,
+        "--output", tmp_path / "edited", "--work", tmp_path / "work", "--comfyui", host.comfyui,
+    ]  # fmt: skip
+    refused = subprocess.run([*command, "--gpus", "3"], capture_output=True, text=True, timeout=120, check=False)
+    assert refused.returncode == 1
+    assert "Error: Ray finds 0 GPUs. Name at most as many with --gpus" in refused.stderr
+    assert not (tmp_path / "work").exists()
+    done = subprocess.run([*command, "--cpus", "2"], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "4 items: 4 written, 0 already there, 0 failed" in done.stdout
+    assert len(list((tmp_path / "edited").iterdir())) == len(wrote(tmp_path / "work")) == 4
 
 
 def name_of(process: psutil.Process) -> str:

@@ -9,9 +9,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import matplotlib
 import pytest
 from comfy_host import REPO
 from edits import between, changed, edited, failure, refusal, run_fresh, small_edit
+from every_node import every_node, only
 from graphs import node
 from safetensors.torch import save_file
 from test_faults import COMBOS, PATHS, switch_inputs
@@ -62,7 +64,7 @@ def hostile(graph, models) -> list[dict]:
     return made
 
 
-def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client, server, host, models, graph):
+def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client, server, host, models, graph, good):
     """By Python's audit events: the edit, every option that touches a disk, and values that try to lead elsewhere."""
     save_file(lora_state(1), models / "secret.safetensors")
     save_file(lora_state(1), models / "loras" / "allowed.safetensors")
@@ -71,6 +73,8 @@ def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client,
     logged = between(graph, ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs("allowed.safetensors"))
     logged["log"] = node("QwenEditPerfLogger", value=["sampler", 0], label="../../../label", include_text=True)
     edited(client, logged)
+    every = changed(every_node(client), "report", export="JSON and CSV")
+    client.run(only(every, *every), timeout_s=120)
     for bad in hostile(graph, models):
         try:
             said = refusal(client, bad)
@@ -82,13 +86,27 @@ def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client,
     files = opened(events)
     assert any("allowed.safetensors" in str(path) for path, _ in files), "the audit sees no reading"
     assert any(path.name == "perf.jsonl" and writes for path, writes in files), "the audit sees no writing"
+    logs = server.output / "qwen_edit_perf"
+    assert {path.suffix for path, writes in files if writes and inside(path, [logs])} >= {".json", ".csv"}
+    assert any(writes and inside(path, [server.output / "every node"]) for path, writes in files)
     assert not [path for path, _ in files if "secret" in path.name]
-    writable = [server.output, server.temp, server.user, server.input, "/dev/null"]
+    fonts = matplotlib.get_cachedir()  # matplotlib's own list of them
+    writable = [server.output, server.temp, server.user, server.input, "/dev/null", fonts]
     assert not [path for path, writes in files if writes and not inside(path, writable)]
     model_folders = [p for p in models.iterdir() if p.is_dir() and "secret" not in p.name]
     readable = [*writable, *model_folders, server.work, host.comfyui, REPO, sys.prefix, sys.base_prefix, *SYSTEM]
     readable.append(sysconfig.get_path("stdlib"))
     assert not [path for path, _ in files if not inside(path, readable)]
+
+
+@pytest.mark.parametrize("run", ["../../x", "/../../.", "a\0b", "..", "x" * 300])
+def test_a_run_whose_id_is_a_path_exports_nothing_elsewhere(client, server, good, run):
+    """ComfyUI takes ids that are UUIDs; the name of the export would hold none of another's signs."""
+    graph = only(changed(every_node(client), "report", export="JSON and CSV"), "report")
+    before = set(server.output.rglob("*"))
+    status, _ = answer(server, "/prompt", "POST", json.dumps({"prompt": graph, "prompt_id": run}).encode())
+    assert status == 400
+    assert set(server.output.rglob("*")) == before
 
 
 def test_an_edit_uses_no_network_no_process_and_no_pickle(client, graph):
@@ -156,7 +174,7 @@ QUERIES = [
 ]  # fmt: skip
 
 
-def test_routes_check_what_they_are_asked_and_tell_no_paths(client, server, host, models, graph):
+def test_routes_check_what_they_are_asked_and_tell_no_paths(client, server, host, models, graph, good):
     edited(client, graph)
     private = [str(p) for p in (REPO, host.comfyui, models, server.work, Path.home(), sys.prefix) if str(p) != "/"]
     for _, path in own_routes(client):

@@ -1,12 +1,15 @@
 """QwenEditStepSweep on a real server: each point is the sampler's own picture, a failed one is told, a cancel leaves nothing."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
-from array_client import ArrayClient, from_file
+from array_client import ArrayClient, from_file, to_png
 from comfy_client import Interrupted
-from edits import between, changed, edited, failure, fresh, note, small_edit
+from comfy_host import REPO
+from edits import PROMPT, between, changed, edited, failure, fresh, note, picture, small_edit
 from graphs import Graph, node
 
 pytestmark = pytest.mark.server
@@ -35,9 +38,9 @@ def test_each_point_is_the_samplers_own_picture(client: ArrayClient):
     result = client.run(fresh(swept(graph, "1, 3, 2, Lightning 4")), timeout_s=180)
     made = pictures(client, result, "pictures")
     settings = [("standard", 1), ("standard", 3), ("standard", 2), ("Lightning 4", 0)]
-    for picture, (preset, steps) in zip(made, settings, strict=True):
+    for one, (preset, steps) in zip(made, settings, strict=True):
         alone = edited(client, changed(graph, "sampler", preset=preset, steps=steps))
-        assert np.array_equal(picture, alone), (preset, steps)
+        assert np.array_equal(one, alone), (preset, steps)
     told = json.loads(result.outputs["sweep"]["sweep"][0])
     assert [point["label"] for point in told["points"]] == ["1", "3", "2", "Lightning 4"]
     assert told["reference"] == 1  # the most forwards: 3 steps with guidance
@@ -94,3 +97,18 @@ def test_progress_runs_over_all_points_and_a_cancel_leaves_nothing(client: Array
     with pytest.raises(Interrupted):
         client.wait(prompt_id, on_event, timeout_s=60)
     assert np.array_equal(edited(client, graph), before)
+
+
+@pytest.mark.slow
+def test_the_benchmark_sweeps_a_picture_and_prompt_of_ones_own(server, tmp_path):
+    (tmp_path / "photo.png").write_bytes(to_png(picture(4, 96, 64)))
+    command = [sys.executable, REPO / "benchmarks" / "step_sweep.py", "--server", server.url, "--sweep", "1,2"]
+    own = ["--image", tmp_path / "photo.png", "--prompt", PROMPT, "--results", tmp_path, "--name", "mine"]
+    half = subprocess.run([*command, *own[:2]], capture_output=True, text=True, timeout=120, check=False)
+    assert "--image and --prompt go together" in half.stderr
+    subprocess.run([*command, *own], check=True, timeout=120)
+    told = json.loads((tmp_path / "mine.json").read_text("utf-8"))
+    (run,) = told["runs"]
+    assert (run["photograph"], run["prompt"]) == ("photo.png", PROMPT)
+    assert [point["label"] for point in told["own"]["points"]] == ["1", "2"]
+    assert from_file((tmp_path / "mine.png").read_bytes()).shape[1] == 900  # the chart

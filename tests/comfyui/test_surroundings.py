@@ -10,21 +10,23 @@ import pytest
 from array_client import ArrayClient
 from comfy_host import PACK_NAME, Host
 from comfy_server import ComfyServer
-from edits import edited, failure, small_edit
+from edits import between, edited, failure, small_edit
+from test_faults import switch_inputs
 
 pytestmark = [pytest.mark.server, pytest.mark.slow]
 
 HIDING = """
 import sys
+from importlib.machinery import PathFinder
 
 
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "diffusers":
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+class Hiding(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] == "PACKAGE" else super().find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Hide())
+sys.meta_path[sys.meta_path.index(PathFinder)] = Hiding
 """
 
 
@@ -40,24 +42,32 @@ def with_probes(folder: Path, *custom_nodes: Path) -> list[str]:
 PROBE_NODES = Path(__file__).parent / "probe_nodes"
 
 
-def test_without_diffusers_the_nodes_are_there_and_say_what_to_install(host, tmp_path):
+# packaging is not among them: ComfyUI's own transformers does not start without it
+@pytest.mark.parametrize("package", ["diffusers", "accelerate"])
+def test_without_a_package_the_nodes_are_there_and_say_what_to_install(host, tmp_path, package):
+    """accelerate is needed where LoRAs are read."""
+
+    def edit(client):
+        demo = "demo: qwen_edit_demo_warm_film"
+        return between(small_edit(client), ("loader", 0), "QwenEditLoraSwitch", "model", **switch_inputs(demo))
+
     hiding = tmp_path / "custom" / "hiding"
     hiding.mkdir(parents=True)
     (hiding / "__init__.py").write_text("NODE_CLASS_MAPPINGS = {}\n")
     prestartup = hiding / "prestartup_script.py"
-    prestartup.write_text(HIDING)
+    prestartup.write_text(HIDING.replace("PACKAGE", package))
     server = ComfyServer(host, tmp_path / "server", with_probes(tmp_path, hiding.parent, PROBE_NODES), cpu=True)
     with server, ArrayClient(server.url) as client:
         offered = {name for name in client.get("/object_info") if name.startswith("QwenEdit")}
         assert "QwenEditLoader" in offered
         for _ in range(2):
-            said = failure(client, small_edit(client))
-            assert said.startswith("[QE_VERSION] The package diffusers is not installed.")
+            said = failure(client, edit(client))
+            assert said.startswith(f"[QE_VERSION] The package {package} is not installed.")
             assert f"pip install -r custom_nodes/{PACK_NAME}/requirements.txt" in said or "requirements.txt" in said
     prestartup.unlink()  # installed
     with server, ArrayClient(server.url) as client:
         assert {name for name in client.get("/object_info") if name.startswith("QwenEdit")} == offered
-        assert edited(client, small_edit(client)).shape == (64, 64, 3)
+        assert edited(client, edit(client)).shape == (64, 64, 3)
 
 
 def another_comfyui(host: Host, folder: Path, version: str, old: str, new: str, within: str) -> Host:

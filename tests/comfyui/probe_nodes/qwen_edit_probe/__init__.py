@@ -196,7 +196,7 @@ class Text:
 
 
 class Json:
-    """Any value that JSON knows, wrapped in a list because ComfyUI takes a list of two for a link."""
+    """Any value that JSON knows, wrapped in an object because ComfyUI takes every list for a link."""
 
     CATEGORY, FUNCTION, RETURN_TYPES = "probe", "run", (ANY,)
 
@@ -209,7 +209,7 @@ class Json:
         return True
 
     def run(self, value):
-        return (value[0],)
+        return (value["is"],)
 
 
 class Picture:
@@ -301,8 +301,8 @@ class Patch:
             holder = torch.nn.Module()
             holder.diffusion_model = torch.nn.Linear(2, 2)
             return (ModelPatcher(holder, torch.device("cpu"), torch.device("cpu")),)
-        elif kind == "nan":
-            clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float("nan"))
+        elif kind in ("nan", "inf"):
+            clone.set_model_unet_function_wrapper(lambda apply, args: args["input"] * float(kind))
         elif kind.startswith("nan at "):  # only in a run of so many steps
             steps = int(kind.split()[-1])
 
