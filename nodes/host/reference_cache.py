@@ -43,6 +43,18 @@ class Sampling:
         self.reused += cache.complete
         return cache
 
+    def sum_up(self) -> None:
+        if self.reused:
+            notes.say(
+                f"Reference cache: {self.reused} of {self.forwards} forwards took the references from an earlier one. The"
+                " picture differs a little from the one without it."
+            )
+        elif self.forwards and not self.stopped:
+            notes.say(
+                f"Reference cache: no step took the references from an earlier one, because sigma falls by more than"
+                f" {self.tolerance:g} in each. Choose a larger tolerance or more steps."
+            )
+
     def stop(self, why: str) -> None:
         """Compute all references from here on, and say so."""
         self.stopped = True
@@ -75,11 +87,7 @@ class _Sampled:
             return executor(*args, **kwargs)
         finally:
             del options[KEY]
-            if sampling.reused:
-                notes.say(
-                    f"Reference cache: {sampling.reused} of {sampling.forwards} forwards took the references from an earlier"
-                    " one. The picture differs a little from the one without it."
-                )
+            sampling.sum_up()
 
 
 def cache_for(transformer_options, model, tokens, timestep: torch.Tensor) -> ReferenceCache | None:
