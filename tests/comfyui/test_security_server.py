@@ -74,6 +74,7 @@ def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client,
     logged["log"] = node("QwenEditPerfLogger", value=["sampler", 0], label="../../../label", include_text=True)
     edited(client, logged)
     every = changed(every_node(client), "report", export="JSON and CSV")
+    every = changed(every, "batch", output="audited")  # others may have made what "every node" holds
     client.run(only(every, *every), timeout_s=120)
     for bad in hostile(graph, models):
         try:
@@ -88,7 +89,7 @@ def test_no_workflow_makes_the_pack_open_a_file_outside_comfyuis_folders(client,
     assert any(path.name == "perf.jsonl" and writes for path, writes in files), "the audit sees no writing"
     logs = server.output / "qwen_edit_perf"
     assert {path.suffix for path, writes in files if writes and inside(path, [logs])} >= {".json", ".csv"}
-    assert any(writes and inside(path, [server.output / "every node"]) for path, writes in files)
+    assert any(writes and inside(path, [server.output / "audited"]) for path, writes in files)
     assert not [path for path, _ in files if "secret" in path.name]
     fonts = matplotlib.get_cachedir()  # matplotlib's own list of them
     writable = [server.output, server.temp, server.user, server.input, "/dev/null", fonts]
