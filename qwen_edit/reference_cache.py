@@ -2,8 +2,8 @@
 
 Reference tokens see the noise only through attention, and with ``zero_cond_t`` (2511) not even the timestep changes their
 modulation, so from step to step their keys and values change little. A forward that takes them from here computes
-the output's and the text's tokens alone, which is half of the work with one reference of the output's size and a quarter with three. It
-is a shortcut, not the same arithmetic: ``benchmarks/reference_cache.py`` measures what it costs.
+the output's and the text's tokens alone, which is half of the work with one reference of the output's size and less than a third
+with three. It is a shortcut, not the same arithmetic: ``benchmarks/reference_cache.py`` measures what it costs.
 """
 
 from dataclasses import dataclass, field
@@ -38,6 +38,11 @@ class ReferenceCache:
         """Copy the next block's; ``blocks`` is how many there are."""
         self.blocks.append(keys_and_values.clone())
         self.complete = len(self.blocks) == blocks
+
+
+def forward_bytes(width: int, batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """What a forward takes beside its weights: queries, keys, values, and an MLP of four times the width with its input."""
+    return 16 * batch * tokens * width * dtype.itemsize
 
 
 def cached_bytes(blocks: int, width: int, batch: int, reference_tokens: int, dtype: torch.dtype) -> int:

@@ -258,6 +258,7 @@ def denoise(
     """
     output_tokens = grids[0][0] * grids[0][1]
     reference_tokens = latents.shape[1] - output_tokens
+    references = references if reference_tokens else None
     reused = references is not None and references.complete
     if reused:
         latents = latents[:, :output_tokens]

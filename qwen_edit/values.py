@@ -36,3 +36,9 @@ def check_kind(name: str, value: object, kind: type, expected: str) -> None:
     """Raise a ValueError unless ``value`` is an instance of ``kind``; ``expected`` says that to a person."""
     if not isinstance(value, kind):
         raise ValueError(f"{INPUT} {name}: got {type(value).__name__}, expected {expected}.")
+
+
+def check_has(name: str, value: object, attribute: str, expected: str) -> None:
+    """Raise a ValueError unless ``value`` has what it is used for: other packs have classes of their own."""
+    if not hasattr(value, attribute):
+        raise ValueError(f"{INPUT} {name}: got {type(value).__name__}, expected {expected}.")

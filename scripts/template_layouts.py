@@ -162,7 +162,7 @@ the model was trained with up to three.
         """# Several pictures, much faster
 
 *Keep the pictures* computes the reference pictures in some steps only and keeps what they contribute for the others. \
-With one picture an edit takes about two thirds of the time, with three less than half.
+With one picture an edit takes about two thirds of the time; with three its steps take less than half.
 
 It is a shortcut: the result differs a little. Both edits here have the same seed, and *Without and with* shows them over \
 each other. A smaller *tolerance* is closer, 0 is exact.

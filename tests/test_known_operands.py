@@ -1,12 +1,15 @@
 """Operands found again: as if they were looked at anew, whatever has happened to the weights meanwhile."""
 
+import numpy
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
 from qwen_edit.known_operands import KnownOperands
 from qwen_edit.linear import RESIDENT, Operand, operand, pack, packed
 from qwen_edit.quantize import quantize_weight
+from qwen_edit.transformer import QwenEditTransformer
 
 FORMS = (None, "fp8", "int8")
 
@@ -105,6 +108,41 @@ def test_weights_that_only_their_module_applies_are_not_learnt():
     modules = (Another(64, 32),)
     found = known(modules)
     assert found.operand(modules) is None
+
+
+def test_weights_at_the_same_place_in_storages_of_their_own_are_noticed():
+    """As after a way to the processor and back: one product over all of them would read behind the first one's storage."""
+    modules = linears(None)
+    buffer = numpy.zeros((96, 64), dtype=numpy.int16)
+    whole = torch.from_numpy(buffer).view(torch.bfloat16)
+    for module, rows in zip(modules, whole.split(32), strict=True):
+        module.weight.data = rows
+    found = known(modules)
+    assert found.operand(modules) is not None
+    for module, rows in zip(modules, numpy.split(buffer, 3), strict=True):
+        module.weight.data = torch.from_numpy(rows).view(torch.bfloat16)
+    assert found.operand(modules) is None
+
+
+def test_a_forward_with_pefts_layers_runs():
+    """What a pipeline's load_lora_weights puts in: a layer whose weight is another module's."""
+    torch.manual_seed(0)
+    model = QwenEditTransformer(
+        num_layers=1, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=16, axes_dims_rope=(8, 12, 12)
+    ).eval()
+    shapes = [[(1, 2, 2), (1, 2, 2)]]
+    inputs = (torch.randn(1, 8, 64), torch.randn(1, 3, 16), None, torch.tensor([0.5]), shapes)
+
+    def velocity() -> torch.Tensor:
+        with torch.inference_mode():
+            return model(*inputs, return_dict=False)[0]
+
+    before = velocity()
+    config = LoraConfig(r=2, target_modules=["to_q", "to_out.0", "net.2"], init_lora_weights=False)
+    inject_adapter_in_model(config, model)
+    first, second = velocity(), velocity()
+    assert torch.equal(first, second)
+    assert not torch.allclose(first, before, atol=1e-4)
 
 
 def test_weights_with_one_scale_are_looked_at_each_time():

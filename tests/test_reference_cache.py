@@ -93,6 +93,28 @@ def test_a_forward_that_stopped_half_way_leaves_nothing_to_take(model):
     assert len(cache.blocks) == 3
 
 
+def test_without_references_there_is_nothing_to_keep(model):
+    inputs, cache = Inputs(), ReferenceCache()
+    with torch.inference_mode():
+        forward = Forward(resolve("pytorch", CPU, torch.float32, 32).attend, REFERENCE)
+        for _ in range(2):
+            denoise(
+                model, inputs.latents[:, :OUTPUT], torch.full((2,), 0.5), inputs.text, GRIDS[:1], forward,
+                axes_dims=CONFIG["axes_dims_rope"], zero_cond_t=True, references=cache,
+            )  # fmt: skip
+    assert not cache.blocks
+
+
+def test_it_is_made_anew_when_the_noise_has_fallen_far_enough(model):
+    inputs, cache = Inputs(), ReferenceCache()
+    made = []
+    for sigma in (0.9, 0.85, 0.79, 0.7):
+        cache.renew(sigma, 0.1)
+        made.append(not cache.complete)
+        inputs.velocity(model, sigma, cache)
+    assert made == [True, False, True, False]
+
+
 def test_the_size_is_known_before(model):
     inputs, cache = Inputs(), ReferenceCache()
     inputs.velocity(model, references=cache)

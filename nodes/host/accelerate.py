@@ -101,13 +101,12 @@ def lora_target(model) -> LoraTarget:
     Raises:
         ValueError: the MODEL does not run our forward, which alone applies them.
     """
-    check_kind("model", model, ModelPatcher, "a MODEL")
-    transformer = model.get_model_object("diffusion_model")
-    if isinstance(transformer, HostTransformer):
-        return LoraTarget({k: v for k, v in transformer.config.items() if not k.startswith("_")}, transformer.dtype)
     require_our_forward(
         model, "applies these LoRAs", "load the model with Qwen Edit Loader, or use ComfyUI's own LoRA loader"
     )
+    transformer = model.get_model_object("diffusion_model")
+    if isinstance(transformer, HostTransformer):
+        return LoraTarget({k: v for k, v in transformer.config.items() if not k.startswith("_")}, transformer.dtype)
     head_dim = transformer.transformer_blocks[0].attn.dim_head
     config = {
         "patch_size": transformer.patch_size,
@@ -128,8 +127,9 @@ def require_our_forward(model, does: str, instead: str) -> None:
         does, instead: for the message: what our forward alone does, what else can be done.
 
     Raises:
-        ValueError: the MODEL is neither our loader's nor accelerated.
+        ValueError: it is no MODEL, or neither our loader's nor accelerated.
     """
+    check_kind("model", model, ModelPatcher, "a MODEL")
     ours = isinstance(model.get_model_object("diffusion_model"), HostTransformer)
     if not ours and not model.get_wrappers(comfy.patcher_extension.WrappersMP.DIFFUSION_MODEL, KEY):
         raise ValueError(

@@ -15,7 +15,7 @@ from ...qwen_edit.checkpoints import read_config, read_header, weight_files
 from ...qwen_edit.errors import INPUT, WEIGHTS
 from ...qwen_edit.pictures import to_pil
 from ...qwen_edit.text_encoder import FolderTextEncoder, PreparedPictures, encode
-from ...qwen_edit.values import check_kind
+from ...qwen_edit.values import check_has
 from .memory import ShellPatcher, still_loaded
 
 SAVED_CLIP_PREFIX = "qwen25_7b.transformer."  # of the names that ComfyUI's CLIPSave writes
@@ -188,7 +188,7 @@ def require_clip(clip) -> None:
         raise ValueError(
             f"{INPUT} There is no CLIP: its loader loads no text encoder. Choose one there, or connect another loader's CLIP."
         )
-    check_kind("clip", clip, comfy.sd.CLIP, "a CLIP")
+    check_has("clip", clip, "tokenize", "a CLIP")
 
 
 def leave_card(clip: comfy.sd.CLIP) -> bool:

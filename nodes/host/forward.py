@@ -59,7 +59,7 @@ def run_forward(
         return _unpack(velocity, grids[0], latents[0][items].shape)
 
     try:
-        return run(forward, references=reference_cache.cache_for(transformer_options, model, tokens, timestep))
+        return run(forward, references=reference_cache.cache_for(transformer_options, model, tokens, grids, timestep))
     except Exception as e:
         _raise_unless_memory(e)  # the rest outside, so that the tensors of the failed run are free
     forward.weights.release()

@@ -12,7 +12,7 @@ import torch
 
 from ...qwen_edit.errors import INPUT
 from ...qwen_edit.sweep import Outcome, Point, find_knee, likeness
-from ...qwen_edit.values import check_kind
+from ...qwen_edit.values import check_has
 from . import sampling
 
 MAX_ERROR = 200  # characters of a failure in the table
@@ -51,7 +51,7 @@ def sweep(
         ValueError: more than one picture in the LATENT, or another failure of every point.
     """
     sampling.require_ours(model)
-    check_kind("vae", vae, comfy.sd.VAE, "a VAE")
+    check_has("vae", vae, "decode", "a VAE")
     latent = sampling.native_latent(model, latent)
     if len(latent["samples"]) != 1:
         raise ValueError(f"{INPUT} A sweep takes a LATENT of one picture; this one has {len(latent['samples'])}.")

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from ...qwen_edit.checkpoints import check_names, read_config, read_header, weight_files
 from ...qwen_edit.doctor import VaeFacts
 from ...qwen_edit.errors import WEIGHTS
-from ...qwen_edit.values import check_kind
+from ...qwen_edit.values import check_has
 from .memory import prepare_once
 from .picture_vae import run_pictures_in_2d
 
@@ -67,7 +67,7 @@ def vae_facts(vae, name: str | None = None, replaces_that_of: str | None = None)
     Args:
         name, replaces_that_of: see ``VaeFacts``.
     """
-    check_kind("vae", vae, comfy.sd.VAE, "a VAE")
+    check_has("vae", vae, "decode", "a VAE")
     network = vae.first_stage_model
     ours = isinstance(network, comfy.ldm.wan.vae.WanVAE) and vae.latent_channels == 16
     return VaeFacts(name, f"{type(network).__module__}.{type(network).__name__}", ours, replaces_that_of)

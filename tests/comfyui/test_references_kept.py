@@ -6,7 +6,7 @@ from array_client import ArrayClient
 from comfy_client import ExecutionFailed
 from edits import changed, edited, failure, picture, small_edit
 from graphs import node
-from test_accelerate import FAST, PLAIN, Samplings, difference, texts, weights  # noqa: F401 (a fixture)
+from test_accelerate import FAST, PLAIN, TEXT_WIDTH, Samplings, difference, texts, weights  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.server
 STEPS = 8
@@ -58,7 +58,7 @@ def test_a_tolerance_smaller_than_any_step_changes_no_bit(client, edit, exact):
     client.events.clear()
     assert np.array_equal(edited(client, cached(edit, 0.001)), exact)
     (line,) = said(client)
-    assert "Choose a larger tolerance" in line
+    assert "Choose more steps or a tolerance above 0.001" in line
 
 
 def test_the_model_without_it_is_as_before(client, edit, exact):
@@ -83,6 +83,21 @@ def test_behind_accelerate_with_ksampler(server, weights):  # noqa: F811
     assert difference(results["exact"], results["without"]) == 0
     assert 1e-7 < difference(results["with"], results["without"]) < 0.1
     assert sorted("Choose" in line for line in lines) == [False, True]
+
+
+def test_each_conditioning_has_its_own_also_where_comfyui_gives_two_the_same_id(server, weights):  # noqa: F811
+    """For an area of the positive conditioning ComfyUI makes a copy of the negative one with the positive's id. Texts of other
+    lengths run in forwards of their own."""
+    made = Samplings()
+    made.add("other", "ProbeConditioning", tokens=5, width=TEXT_WIDTH, seed=3)
+    negative = made.add("other edit", "ReferenceLatent", conditioning=["other", 0], latent=["reference", 0])
+    area = made.edit("area", "ConditioningSetArea", width=64, height=64, x=32, y=0, strength=1.0)
+    made.add("cache", "QwenEditReferenceCache", model=FAST, tolerance=0.001)
+    for name, model in (("without", FAST), ("with", ["cache", 0])):
+        made.sample(name, model, positive=area, negative=negative, size=(12, 16), cfg=3.0, steps=3)
+    with ArrayClient(server.url) as client:
+        results = made.run(client, server)
+    assert difference(results["with"], results["without"]) == 0
 
 
 def test_without_our_forward_it_is_refused(server, weights):  # noqa: F811
