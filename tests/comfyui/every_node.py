@@ -26,6 +26,7 @@ def every_node(client: ArrayClient) -> Graph:
     return graph | {
         "accelerate": node("QwenEditAccelerate", model=["loader", 0], attention="auto"),
         "switch": node("QwenEditLoraSwitch", model=["loader", 0], mode="auto", **slots),
+        "cache": node("QwenEditReferenceCache", model=["loader", 0], tolerance=0.1),
         "preset": node("QwenEditStepPreset", model=["loader", 0], latent=["encode", 2], steps=1, **recipe),
         "sweep": node(
             "QwenEditStepSweep",

@@ -268,6 +268,7 @@ NUMBERS = {
     ("encode", "width"): SIDES,
     ("encode", "height"): SIDES,
     **{("switch", f"strength_{slot}"): STRENGTHS for slot in range(1, 5)},
+    ("cache", "tolerance"): [NAN, INF, -0.1, 1.1],
     ("preset", "steps"): [-1, 1001],
     ("preset", "true_cfg_scale"): GUIDANCE,
     ("preset", "shift"): SHIFTS,

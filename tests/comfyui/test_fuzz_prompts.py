@@ -24,6 +24,7 @@ INPUTS = {
     "sampler": ["preset", "seed", "steps", "true_cfg_scale", "shift"],
     "accelerate": ["attention"],
     "switch": ["lora_1", "strength_1", "lora_2", "strength_2", "lora_3", "strength_3", "lora_4", "strength_4", "mode"],
+    "cache": ["tolerance"],
     "preset": ["preset", "steps", "true_cfg_scale", "shift"],
     "sweep": ["sweep", "preset", "seed", "true_cfg_scale", "shift", "theme"],
     "batch": ["source", "prompt", "negative", "preset", "seed", "megapixels", "width", "height", "reference_size", "output", "steps",
