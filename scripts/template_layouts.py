@@ -176,6 +176,7 @@ each other. A smaller *tolerance* is closer, 0 is exact.
             ("Keep the pictures", (10, 11, 12, 13)),
             ("Results", (9, 14, 15)),
         ),
+        below=("Picture 2",),
     ),
     "list_of_pictures": Layout(
         """# A list of pictures with a prompt each

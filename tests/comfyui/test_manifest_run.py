@@ -87,7 +87,8 @@ def test_what_cannot_run_at_all_is_said_before_anything_is_queued(server, manife
 
 def test_an_item_that_takes_the_server_away_is_given_up_alone(server, manifest, tmp_path, monkeypatch):
     """Losing the server is played by the client: a prompt with the poison is reported lost as soon as it is followed."""
-    poison = ManifestRun(batch_graph("", "poison"), manifest, tmp_path / "out", patience_s=30)
+    # many steps, so that the interrupt always comes before the result
+    poison = ManifestRun(batch_graph("", "poison", steps=30), manifest, tmp_path / "out", patience_s=30)
     follow = poison._follow
 
     def lose(client):
