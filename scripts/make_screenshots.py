@@ -15,6 +15,7 @@ from pathlib import Path
 
 from browser import Browser, BrowserError
 from comfy_host import REPO, run_as_script, say, write_atomically
+from make_thumbnails import jpeg
 from PIL import Image
 
 PICTURES = REPO / "web" / "docs" / "pictures"
@@ -97,16 +98,6 @@ SHOWN: dict[str, tuple[Callable[[Browser], Image.Image], dict[str, object]]] = {
 }
 
 
-def jpeg(shown: Image.Image) -> bytes:
-    """A picture as JPEG of at most MAX_BYTES."""
-    for quality in range(90, 40, -5):
-        file = io.BytesIO()
-        shown.save(file, "JPEG", quality=quality, optimize=True, progressive=True)
-        if file.tell() <= MAX_BYTES:
-            break
-    return file.getvalue()
-
-
 def main() -> int:
     """Make all pictures, or those that are named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,7 +113,7 @@ def main() -> int:
                     browser.set(setting, value)
                 browser.open()
                 path = options.output / f"{name}.jpg"
-                write_atomically(path, jpeg(show(browser)))
+                write_atomically(path, jpeg(show(browser), MAX_BYTES))
                 say(f"Wrote {path} ({path.stat().st_size} bytes)")
         finally:
             for setting, value in LOOKS.items():

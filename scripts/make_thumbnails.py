@@ -60,12 +60,12 @@ def top(chart: Image.Image) -> Image.Image:
     return chart.crop((0, 0, chart.width, chart.width)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
-def jpeg(card: Image.Image) -> bytes:
-    """The card as JPEG of at most MAX_BYTES."""
+def jpeg(card: Image.Image, most: int = MAX_BYTES) -> bytes:
+    """The card as JPEG of at most `most` bytes."""
     for quality in range(88, 30, -6):
         file = io.BytesIO()
         card.save(file, "JPEG", quality=quality, optimize=True, progressive=True)
-        if file.tell() <= MAX_BYTES:
+        if file.tell() <= most:
             break
     return file.getvalue()
 

@@ -16,8 +16,8 @@ from ...qwen_edit.reference_cache import ReferenceCache, cached_bytes, forward_b
 from . import notes
 
 KEY = "qwen_edit_references"  # of the wrapper, and in transformer_options during a sampling
-# What shares a conditioning's id among several parts of a picture, or runs in several threads.
-NOT_WITH = ("context_handler", "multigpu_thread_device")
+# Not with these: windows share a conditioning's id among several parts, several cards run in threads of their own.
+WINDOWS, SEVERAL_CARDS = "context_handler", "multigpu_thread_device"
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _Sampled:
         guider = executor.class_obj
         options = guider.model_options["transformer_options"]
         sampling = Sampling(self.tolerance, _conditionings(guider))
-        if NOT_WITH[0] not in guider.model_options:
+        if WINDOWS not in guider.model_options:
             options[KEY] = sampling
         try:
             return executor(*args, **kwargs)
@@ -135,7 +135,7 @@ def cache_for(transformer_options, model, tokens, grids, timestep: torch.Tensor)
     """
     sampling: Sampling | None = transformer_options.get(KEY)
     ids, kinds = transformer_options.get("uuids"), transformer_options.get("cond_or_uncond")
-    if sampling is None or not ids or len(tokens) == 1 or NOT_WITH[1] in transformer_options:
+    if sampling is None or not ids or len(tokens) == 1 or SEVERAL_CARDS in transformer_options:
         return None
     blocks, batch, dtype = model.transformer_blocks, len(tokens[0]), tokens[0].dtype
     width = blocks[0].attn.to_k.out_features

@@ -141,8 +141,8 @@ def joins(conditioning: list) -> tuple:
 
 def _timesteps_may_change(model) -> bool:
     """Whether somebody else's wrapper stands between the sampler and the forward, and could ask for another timestep."""
-    others = (key for by_key in model.wrappers.values() for key in by_key if key != REFERENCES)
-    return "model_function_wrapper" in model.model_options or any(True for _ in others)
+    others = any(key != REFERENCES for by_key in model.wrappers.values() for key in by_key)
+    return others or "model_function_wrapper" in model.model_options
 
 
 def _counted(callback, steps: KnownSteps):
