@@ -195,7 +195,7 @@ def block_bytes(source: TransformerSource) -> int:
     )
 
 
-def _refuse_other_architectures(path: Path, header: Mapping[str, dict], names: Mapping[str, str]) -> None:
+def _refuse_other_architectures(path: Path, header: Mapping[str, Mapping], names: Mapping[str, str]) -> None:
     wanted = ("img_in.weight", "txt_in.weight", "txt_norm.weight", "transformer_blocks.0.img_mod.1.weight")
     if all(name in names for name in wanted):
         return
@@ -222,7 +222,7 @@ _SIGNATURES = (
 
 
 def _config_from_shapes(
-    path: Path, header: Mapping[str, dict], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
+    path: Path, header: Mapping[str, Mapping], names: Mapping[str, str], stored: Mapping[str, StoredWeight]
 ) -> dict[str, Any]:
     def shape(name: str, dimensions: int) -> list[int]:
         check_names(path.name, [name], [name] if name in names else [])
@@ -264,7 +264,7 @@ def _main_dtype(files: Iterable[Path]) -> torch.dtype:
     return max(counted, key=lambda d: counted[d], default=torch.bfloat16)
 
 
-def read_headers(source: TransformerSource) -> dict[Path, dict[str, dict]]:
+def read_headers(source: TransformerSource) -> dict[Path, Mapping[str, Mapping]]:
     """Those of the files that the weights lie in, see ``read_header``."""
     return {path: read_header(path) for path in {path for path, _ in source.tensors.values()}}
 

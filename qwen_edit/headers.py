@@ -2,8 +2,12 @@
 
 import json
 import struct
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -12,12 +16,17 @@ from .gguf import ARCHITECTURES, SUFFIX, read_gguf_header
 
 # safetensors itself refuses headers over 100 MB; a 60-block transformer's is under 1 MB.
 MAX_HEADER_BYTES = 100_000_000
+KEPT = 16  # headers; loading asks each file for its own several times
+SETTLED_S = 2.0  # how old a file must be: one that is written twice within a tick of the clock keeps its time
+
+Contents = tuple[Mapping[str, Mapping], Mapping[str, str]]  # tensors and free entries
 
 
-def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES) -> dict[str, dict]:
+def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES) -> Mapping[str, Mapping]:
     """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
 
-    Files whose names end in .gguf are read as such, see ``gguf.py``.
+    Files whose names end in .gguf are read as such, see ``gguf.py``. Parsed once for as long as size and time of the file
+    stay.
 
     Args:
         architectures: what a GGUF file may be.
@@ -25,7 +34,21 @@ def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES)
     Raises:
         ValueError: not a safetensors (or GGUF) file, with the likely cause, or a damaged one.
     """
-    size = path.stat().st_size
+    return _contents(path, tuple(architectures))[0]
+
+
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """The free entries of a file that ``read_header`` has accepted, those that are text."""
+    return _contents(path, tuple(ARCHITECTURES))[1]
+
+
+def _contents(path: Path, architectures: tuple[str | None, ...]) -> Contents:
+    state = path.stat()
+    settled = time.time() - state.st_mtime > SETTLED_S
+    return (_kept if settled else _parsed)(path, state.st_size, state.st_mtime_ns, architectures)
+
+
+def _parsed(path: Path, size: int, _modified_ns: int, architectures: tuple[str | None, ...]) -> Contents:
     is_gguf = path.suffix.lower() == SUFFIX
     with path.open("rb") as file:
         start = file.read(512)
@@ -34,7 +57,17 @@ def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES)
         kind = "GGUF" if is_gguf else "safetensors"
         raise ValueError(f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is not a {kind} file: {cause}")
     if is_gguf:
-        return read_gguf_header(path, architectures)[0]
+        tensors, found = read_gguf_header(path, architectures)
+        metadata = {key: value for key, value in found.items() if isinstance(value, str)}
+    else:
+        tensors, metadata = _safetensors_header(path, size)
+    return MappingProxyType(tensors), MappingProxyType(metadata)
+
+
+_kept = lru_cache(maxsize=KEPT)(_parsed)  # what raises is looked at anew each time
+
+
+def _safetensors_header(path: Path, size: int) -> tuple[dict[str, dict], dict[str, str]]:
     try:
         # safetensors checks offsets, overlaps and trailing bytes; its own header gives shapes without reading.
         with safe_open(path, framework="pt"):
@@ -43,24 +76,13 @@ def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES)
         raise ValueError(
             f"{WEIGHTS} {_shown(path)} ({size:,} bytes) is damaged or was not downloaded to its end ({e}). Download it again."
         ) from e
-    header, length = _raw_header(path)
-    header.pop("__metadata__", None)
-    for entry in header.values():
-        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
-    return header
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    """The free entries of a file that ``read_header`` has accepted, those that are text."""
-    if path.suffix.lower() == SUFFIX:
-        return {key: value for key, value in read_gguf_header(path)[1].items() if isinstance(value, str)}
-    return _raw_header(path)[0].get("__metadata__") or {}
-
-
-def _raw_header(path: Path) -> tuple[dict[str, dict], int]:
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        return json.loads(file.read(length)), length
+        header: dict[str, Any] = json.loads(file.read(length))
+    metadata = header.pop("__metadata__", None) or {}
+    for entry in header.values():
+        entry["data_offsets"] = [8 + length + offset for offset in entry["data_offsets"]]
+    return header, metadata
 
 
 def _shown(path: Path) -> str:

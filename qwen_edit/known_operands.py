@@ -7,7 +7,7 @@ compares addresses. Nothing holds the weights themselves, so that they can move 
 
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -15,6 +15,18 @@ from .linear import Operand, runs_itself
 from .quantize import QuantizedTensor
 
 Layout = tuple[torch.Size, tuple[int, ...]]  # shape and strides
+
+
+class Known(Protocol):
+    """Finds operands again that an earlier forward has made."""
+
+    def operands(self, modules: tuple[Any, ...]) -> list[Operand] | None:
+        """Those of linears over one input, if their weights are as they were when they were learnt."""
+        ...
+
+    def learn(self, modules: tuple[Any, ...], operands: list[Operand]) -> None:
+        """Keep them, if this can tell later whether they are still right."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,7 @@ class KnownOperands:
     def __init__(self) -> None:
         self._found: weakref.WeakKeyDictionary[Any, _Found] = weakref.WeakKeyDictionary()  # by the first module
 
-    def operand(self, modules: tuple[Any, ...]) -> Operand | None:
-        """The operand of linears over one input, if their weights are as they were when it was learnt."""
+    def operands(self, modules: tuple[Any, ...]) -> list[Operand] | None:
         found = self._found.get(modules[0])
         if found is None or len(modules) != len(found.stamps):
             return None
@@ -46,16 +57,20 @@ class KnownOperands:
         tensors = _tensors(modules[0])
         assert tensors is not None  # as when it was learnt
         weight, scale, bias = tensors
-        return Operand(
+        operand = Operand(
             modules,
             found.widths,
             weight.as_strided(*found.weight),
             None if scale is None or found.scale is None else scale.as_strided(*found.scale),
             None if bias is None or found.bias is None else bias.as_strided(*found.bias),
         )
+        return [operand]
 
-    def learn(self, modules: tuple[Any, ...], operand: Operand) -> None:
-        """Keep how the operand lies, if it is made of nothing but what lies in its modules."""
+    def learn(self, modules: tuple[Any, ...], operands: list[Operand]) -> None:
+        """Keep how one operand lies, if it is made of nothing but what lies in its modules."""
+        if len(operands) != 1:
+            return
+        (operand,) = operands
         parts, own = (operand.weight, operand.scale, operand.bias), _tensors(modules[0])
         if (
             operand.weight is None

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_qwenimage import QwenImageTransfo
 from .attention import Attend, KernelChoice, resolve
 from .extra_channels import ExtraChannels
 from .kernels import REFERENCE, FusedKernels, Modulation, Rows, Update, resolve_kernels
-from .known_operands import KnownOperands
+from .known_operands import Known, KnownOperands
 from .linear import (
     NO_ADAPTERS,
     RESIDENT,
@@ -66,7 +66,7 @@ class Forward:
         positions: whose token positions, see ``rope.py``.
         before_block: called with each block's index before it runs (weight streaming, cancel).
         mlp_rows: how many tokens go through an MLP at once, for less memory; None: all.
-        known: operands of earlier forwards, of weights that ``RESIDENT`` reads; None: they are looked at anew.
+        known: finds the operands of earlier forwards again; None: they are made anew.
     """
 
     attend: Attend
@@ -78,24 +78,23 @@ class Forward:
     positions: Positions = "diffusers"
     before_block: Callable[[int], None] | None = None
     mlp_rows: int | None = None
-    known: KnownOperands | None = None
+    known: Known | None = None
 
     def operands(self, *modules) -> list[Operand]:
         """The linears over one input: one operand where their weights lie side by side."""
-        unpacked, joined = None, None if self.known is None else self.known.operand(modules)
-        if joined is None:
-            unpacked = joined = unpacked_operand(modules)
-        if joined is None:
-            operands = [operand(self.weights, m) for m in modules]
-            joined = packed(operands) if len(operands) > 1 else operands[0]
-            if joined is None:
-                return operands
+        found = None if self.known is None else self.known.operands(modules)
+        unpacked = None if found is not None else unpacked_operand(modules)
+        if found is None and unpacked is not None:
+            found = [unpacked]
+        if found is None:
+            each = [operand(self.weights, m) for m in modules]
+            joined = packed(each) if len(each) > 1 else None
+            found = each if joined is None else [joined]
             if self.known is not None:
-                self.known.learn(modules, joined)
-        if self.channels is not None:
-            in_columns = self.spare_columns and unpacked is None
-            joined = self.channels.extended(joined, self.adapters, in_columns)
-        return [joined]
+                self.known.learn(modules, found)
+        if self.channels is None or len(found) > 1:
+            return found
+        return [self.channels.extended(found[0], self.adapters, self.spare_columns and unpacked is None)]
 
     def prologue(self, operands: Sequence[Operand]) -> dict[str, Any]:
         """What the operation before these linears has to produce for them."""

@@ -34,7 +34,7 @@ def looked_at(modules: tuple[nn.Linear, ...]) -> Operand:
 
 def known(modules: tuple[nn.Linear, ...]) -> KnownOperands:
     found = KnownOperands()
-    found.learn(modules, looked_at(modules))
+    found.learn(modules, [looked_at(modules)])
     return found
 
 
@@ -61,15 +61,15 @@ def same(one: Operand, other: Operand) -> bool:
 @pytest.mark.parametrize("count", [1, 3])
 def test_an_operand_is_found_as_it_lies(form, count):
     modules = linears(form, count)
-    found = known(modules).operand(modules)
+    found = known(modules).operands(modules)
     assert found is not None
-    assert same(found, looked_at(modules))
+    assert same(*found, looked_at(modules))
 
 
 def test_nothing_is_found_that_was_not_learnt():
     modules = linears(None)
-    assert KnownOperands().operand(modules) is None
-    assert known(modules).operand(modules[:2]) is None
+    assert KnownOperands().operands(modules) is None
+    assert known(modules).operands(modules[:2]) is None
 
 
 CHANGES = {
@@ -88,7 +88,7 @@ def test_a_change_is_noticed(change, which):
     modules = linears(None)
     found = known(modules)
     CHANGES[change](modules[which])
-    assert found.operand(modules) is None
+    assert found.operands(modules) is None
 
 
 @pytest.mark.parametrize("form", ["fp8", "int8"])
@@ -97,7 +97,7 @@ def test_requantized_weights_are_noticed(form):
     found = known(modules)
     again = modules[1].weight.dequantize() * 2
     modules[1].weight = nn.Parameter(quantize_weight(again, form), requires_grad=False)
-    assert found.operand(modules) is None
+    assert found.operands(modules) is None
 
 
 def test_weights_that_only_their_module_applies_are_not_learnt():
@@ -107,7 +107,7 @@ def test_weights_that_only_their_module_applies_are_not_learnt():
 
     modules = (Another(64, 32),)
     found = known(modules)
-    assert found.operand(modules) is None
+    assert found.operands(modules) is None
 
 
 def test_weights_at_the_same_place_in_storages_of_their_own_are_noticed():
@@ -118,10 +118,10 @@ def test_weights_at_the_same_place_in_storages_of_their_own_are_noticed():
     for module, rows in zip(modules, whole.split(32), strict=True):
         module.weight.data = rows
     found = known(modules)
-    assert found.operand(modules) is not None
+    assert found.operands(modules) is not None
     for module, rows in zip(modules, numpy.split(buffer, 3), strict=True):
         module.weight.data = torch.from_numpy(rows).view(torch.bfloat16)
-    assert found.operand(modules) is None
+    assert found.operands(modules) is None
 
 
 def test_a_forward_with_pefts_layers_runs():
@@ -151,4 +151,4 @@ def test_weights_with_one_scale_are_looked_at_each_time():
     params = modules[0].weight._params
     one = type(params)(**{**vars(params), "scale": params.scale.flatten()[:1].reshape(())})
     modules[0].weight._params = one
-    assert known(modules).operand(modules) is None
+    assert known(modules).operands(modules) is None

@@ -5,19 +5,15 @@ casting, so offloading, DynamicVRAM and native LoRAs work as without us. What th
 natively, and the node that samples says why.
 """
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import comfy.model_management
-import comfy.ops
 import comfy.patcher_extension
 import torch
 from comfy.ldm.qwen_image.model import QwenImageTransformer2DModel
 from comfy.model_patcher import ModelPatcher
-from comfy_aimdo import model_vbar
 from comfy_execution.utils import get_executing_context
 
 from ...qwen_edit.attention import CHOICES, KernelChoice, resolve
@@ -26,10 +22,11 @@ from ...qwen_edit.errors import INPUT
 from ...qwen_edit.kernels import FusedKernels, resolve_kernels
 from ...qwen_edit.linear import runs_itself
 from ...qwen_edit.modulation import ModulationCache
-from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies, with_row_scales
+from ...qwen_edit.quantize import QuantizedTensor, activation_dtype, multiplies
 from ...qwen_edit.transformer import Forward
 from ...qwen_edit.values import check_choice, check_kind
 from . import folders, notes
+from .cast_weights import CastWeights, KnownWeights, PagedOperands, asks_for_more
 from .doctor import Report, keep_facts, report
 from .facts import native_model_facts
 from .forward import run_forward
@@ -43,13 +40,10 @@ NATIVE_FORWARD = QwenImageTransformer2DModel._forward
 
 @dataclass
 class Kept:
-    """What the forwards of one accelerated transformer leave for the next.
-
-    ``row_scales``: by module, the weight that DynamicVRAM has on the card and the same with a scale for each row.
-    """
+    """What the forwards of one accelerated transformer leave for the next."""
 
     modulation: ModulationCache = field(default_factory=ModulationCache)
-    row_scales: dict[torch.nn.Module, tuple[Any, Any]] = field(default_factory=dict)
+    weights: KnownWeights = field(default_factory=KnownWeights)
 
 
 _KEPT: WeakKeyDictionary[torch.nn.Module, Kept] = WeakKeyDictionary()
@@ -148,7 +142,7 @@ def _activations(transformer, device: torch.device, dtype: torch.dtype) -> torch
     """What our kernels quantize activations to; None: nothing, or ComfyUI multiplies with these weights itself."""
     first = transformer.transformer_blocks[0].attn.to_q
     form = quantized_form(transformer)
-    wanted = None if form is None or _asks_for_more(first) else activation_dtype(form)
+    wanted = None if form is None or asks_for_more(first) else activation_dtype(form)
     return wanted if wanted is not None and multiplies(device, wanted, dtype) else None
 
 
@@ -217,8 +211,10 @@ class AcceleratedForward:
             )
         comfy.model_management.throw_exception_if_processing_interrupted()
         kept = _KEPT.setdefault(native, Kept())
-        weights = CastWeights(x.device, x.dtype, kept.row_scales)
-        forward = Forward(self.attention.attend, self.kernels, weights, adapters, positions="comfyui")
+        weights = CastWeights(x.device, x.dtype, kept.weights)
+        forward = Forward(
+            self.attention.attend, self.kernels, weights, adapters, positions="comfyui", known=PagedOperands(weights)
+        )
         try:
             return run_forward(
                 native,
@@ -257,86 +253,3 @@ def _replaced_parts(native) -> list[str]:
     """Modules that the forward does not call as a whole, but whose own forward somebody has replaced or hooked."""
     block_parts = ((block, block.attn, block.img_mlp, block.txt_mlp) for block in native.transformer_blocks)
     return ["replaced blocks"] if any(runs_itself(part) for parts in block_parts for part in parts) else []
-
-
-class CastWeights:
-    """Weights of ComfyUI's modules as its own linears get them; held until ``release``."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, row_scales: dict[torch.nn.Module, tuple[Any, Any]]):
-        self.device, self.dtype, self._row_scales = device, dtype, row_scales
-        self._held: list[tuple] = []
-        self._paged: list[tuple] = []
-
-    def read(self, module):
-        weight = module.weight
-        quantized = isinstance(weight, QuantizedTensor)
-        # a tensor of another kind (GGUF), a smoothed input or a LoRA that bypasses the weight: the module's own business
-        known = quantized or type(weight) in (torch.Tensor, torch.nn.Parameter)
-        if not known or not hasattr(module, "comfy_cast_weights") or runs_itself(module) or _asks_for_more(module):
-            return None
-        dtype = weight.dtype if quantized else self.dtype
-        if (resident := self._resident(module, dtype)) is not None:
-            return resident
-        cast, bias, stream = comfy.ops.cast_bias_weight(
-            module,
-            dtype=dtype,
-            device=self.device,
-            bias_dtype=self.dtype,
-            offloadable=True,
-            compute_dtype=self.dtype,
-            want_requant=quantized,
-        )
-        if stream[0] is not None:  # came over the bus into a buffer that the next one will overwrite
-            copies = cast.clone(), None if bias is None else bias.clone()
-            comfy.ops.uncast_bias_weight(module, cast, bias, stream)
-            return copies
-        self._held.append((module, cast, bias, stream))
-        return cast, bias
-
-    def ahead(self, modules, like: torch.Tensor) -> AbstractContextManager[None]:
-        return nullcontext()
-
-    def _resident(self, module, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor | None] | None:
-        """Weight and bias of a module that DynamicVRAM has on the card as they are needed; None: ComfyUI has to bring or
-        change them. Its own way to the same tensors takes ten times as long, and there are 840 of them in a forward."""
-        pages = vars(module).get("_v")
-        if (
-            pages is None
-            or self.device.type == "cpu"
-            or module.weight_function
-            or module.bias_function
-            or "_prefetch" in vars(module)
-        ):
-            return None
-        signature = model_vbar.vbar_fault(pages)
-        if signature is None:
-            return None
-        if model_vbar.vbar_signature_compare(signature, module._v_signature):
-            weight, bias = module._v_weight, module._v_bias
-            if weight.dtype == dtype and (bias is None or bias.dtype == self.dtype):
-                self._paged.append(pages)
-                return self._with_row_scales(module, weight) if isinstance(weight, QuantizedTensor) else weight, bias
-        model_vbar.vbar_unpin(pages)
-        return None
-
-    def _with_row_scales(self, module, weight):
-        """Made once for as long as DynamicVRAM keeps this very tensor: it makes another whenever it writes the weight."""
-        before, made = self._row_scales.get(module, (None, None))
-        if before is not weight:
-            made = with_row_scales(weight)
-            self._row_scales[module] = weight, made
-        return made
-
-    def release(self) -> None:
-        for held in self._held:
-            comfy.ops.uncast_bias_weight(*held)
-        for pages in self._paged:
-            model_vbar.vbar_unpin(pages)
-        self._held.clear()
-        self._paged.clear()
-
-
-def _asks_for_more(module) -> bool:
-    """What ComfyUI's quantized linears do besides multiplying."""
-    state = vars(module)
-    return bool(state.get("_full_precision_mm")) or state.get("pre_quant_scale") is not None
