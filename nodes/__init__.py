@@ -9,6 +9,7 @@ from .perf import QwenEditPerfLogger, QwenEditPerfReport
 from .references import QwenEditReferenceCache
 from .resize import QwenEditRestoreSize, QwenEditSmartResize
 from .sampler import QwenEditSampler, QwenEditStepPreset
+from .save import QwenEditSave
 from .sweep import QwenEditStepSweep
 
 NODES = [
@@ -25,4 +26,5 @@ NODES = [
     QwenEditPerfReport,
     QwenEditStepSweep,
     QwenEditReferenceCache,
+    QwenEditSave,
 ]

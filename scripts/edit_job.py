@@ -138,15 +138,17 @@ def run_edit(client: ComfyClient, workflow: dict[str, Any], edit: Edit) -> Edite
     images = result.images()
     if not images:
         raise ComfyError("The workflow finished, but it has no Save Image node that left a picture.")
-    paths = [numbered(edit.output, number) for number in range(1, len(images) + 1)]
+    paths = [numbered(edit.output, number, image.filename) for number, image in enumerate(images, 1)]
     for image, path in zip(images, paths, strict=True):
         write_atomically(path, client.download(image))
     return Edited(prompt_id, paths)
 
 
-def numbered(path: Path, number: int) -> Path:
-    """`path` for the first picture, name_2.png, name_3.png for the others."""
-    return path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+def numbered(path: Path, number: int, saved: str) -> Path:
+    """`path` for the first picture, name_2.png, name_3.png for the others; ending as the server's file `saved` does, since a
+    workflow of the user's own, or one with Qwen Edit Save, need not save PNG files."""
+    path = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+    return path.with_suffix(Path(saved).suffix)
 
 
 class ProgressBar:

@@ -23,12 +23,12 @@ ARRANGE = """
 const [note, groups, below] = args;
 const WIDTH = {QwenEditLoader: 320, QwenEditSampler: 360, QwenEditStepPreset: 360, LoadImage: 300, QwenEditEncode: 400,
                QwenEditSmartResize: 320, QwenEditBatch: 420, QwenEditPerfLogger: 420, QwenEditLoraSwitch: 370,
-               QwenEditPerfReport: 480, QwenEditStepSweep: 480, PreviewAny: 400, SaveImage: 340, PreviewImage: 340,
+               QwenEditPerfReport: 480, QwenEditStepSweep: 480, PreviewAny: 400, SaveImage: 340, QwenEditSave: 340, PreviewImage: 340,
                ImageCompare: 360, PrimitiveStringMultiline: 320, UNETLoader: 330};
-const HEIGHT = {LoadImage: 300, SaveImage: 300, PreviewImage: 330, ImageCompare: 350, QwenEditPerfLogger: 330, QwenEditEncode: 330,
+const HEIGHT = {LoadImage: 300, SaveImage: 300, QwenEditSave: 300, PreviewImage: 330, ImageCompare: 350, QwenEditPerfLogger: 330, QwenEditEncode: 330,
                 PrimitiveStringMultiline: 110, QwenEditBatch: 620, PreviewAny: 300, QwenEditPerfReport: 900, QwenEditStepSweep: 860};
 // What a node grows by when it has reported (others: 90), and while it shows a preview.
-const REPORT = {QwenEditLoraSwitch: 140, QwenEditBatch: 300, QwenEditEncode: 70};
+const REPORT = {QwenEditSave: 0, QwenEditLoraSwitch: 140, QwenEditBatch: 300, QwenEditEncode: 70};
 const PREVIEW = 220;
 const GAP = 40, TITLE = 30, PAD = 15, TOP = 60;
 const graph = app.graph;

@@ -62,6 +62,7 @@ Four steps without guidance: about a twentieth of the work of *standard*.
 3. Run. For the 8-step LoRA, choose the preset *Lightning 8*.
 
 A checkpoint with Lightning in it needs no LoRA. Without either, as here with the demo model, the sampler warns.
+*Save* writes lossless WebP, in a third of the time that a PNG takes.
 """
         + MODEL_NOTE
         + COMPARE_NOTE,

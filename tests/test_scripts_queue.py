@@ -175,7 +175,8 @@ def test_node_ids_are_sorted_as_numbers():
 
 
 def test_further_pictures_of_one_edit_get_numbers():
-    assert [edit_job.numbered(Path("a/o.png"), n).name for n in (1, 2)] == ["o.png", "o_2.png"]
+    assert [edit_job.numbered(Path("a/o.png"), n, "x_00001_.png").name for n in (1, 2)] == ["o.png", "o_2.png"]
+    assert edit_job.numbered(Path("a/o.png"), 2, "x_00001_.webp") == Path("a/o_2.webp")
 
 
 class Terminal(io.StringIO):

@@ -22,7 +22,7 @@ _BY_CLASS = {
     "decode": "VAEDecode VAEDecodeTiled",
     "postprocess": "QwenEditRestoreSize ImageUpscaleWithModel ImageCompositeMasked",
     "report": "QwenEditPerfReport",
-    "save": "SaveImage PreviewImage SaveImageWebsocket SaveAnimatedWEBP SaveAnimatedPNG",
+    "save": "QwenEditSave SaveImage PreviewImage SaveImageWebsocket SaveAnimatedWEBP SaveAnimatedPNG",
 }
 _STAGE_BY_CLASS = {class_type: name for name, classes in _BY_CLASS.items() for class_type in classes.split()}
 

@@ -19,7 +19,14 @@ COMPLAINTS = (
     "[data-testid=error-overlay], [data-testid=error-dialog], .p-toast-message-error, .p-toast-message-warn,"
     " [data-toast-kind=error], [data-toast-kind=warning]"
 )
-SHOWS_PICTURES = ("SaveImage", "PreviewImage", "QwenEditBatch", "QwenEditPerfReport", "QwenEditStepSweep")
+SHOWS_PICTURES = (
+    "SaveImage",
+    "QwenEditSave",
+    "PreviewImage",
+    "QwenEditBatch",
+    "QwenEditPerfReport",
+    "QwenEditStepSweep",
+)
 FEW_STEPS = """
 for (const widget of app.graph.nodes.filter((node) => node.type.startsWith("QwenEdit")).flatMap((node) => node.widgets ?? []))
   if (widget.name === "steps") widget.value = 2;

@@ -45,6 +45,7 @@ def every_node(client: ArrayClient) -> Graph:
         ),
         "mask": node("SolidMask", value=0.5, width=64, height=64),
         "logger": node("QwenEditPerfLogger", value=["picture_1", 0], label="tap", include_text=False),
+        "keep": node("QwenEditSave", images=["picture_1", 0], filename_prefix="every node", format="png"),
         "report": node("QwenEditPerfReport", image=["picture_1", 0], export="off", theme="dark"),
     }
 

@@ -34,6 +34,7 @@ NODES = {
     "QwenEditPerfReport",
     "QwenEditStepSweep",
     "QwenEditReferenceCache",
+    "QwenEditSave",
 }
 
 
