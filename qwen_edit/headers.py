@@ -25,8 +25,8 @@ Contents = tuple[Mapping[str, Mapping], Mapping[str, str]]  # tensors and free e
 def read_header(path: Path, architectures: Sequence[str | None] = ARCHITECTURES) -> Mapping[str, Mapping]:
     """Tensor name -> {"dtype", "shape", "data_offsets"}, without reading weights; offsets are counted from the file's start.
 
-    Files whose names end in .gguf are read as such, see ``gguf.py``. Parsed once for as long as size and time of the file
-    stay.
+    Files whose names end in .gguf are read as such, see ``gguf.py``. Parsed once for as long as size and times of the file
+    stay; what is returned is everybody's and not to be changed.
 
     Args:
         architectures: what a GGUF file may be.
@@ -45,10 +45,11 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 def _contents(path: Path, architectures: tuple[str | None, ...]) -> Contents:
     state = path.stat()
     settled = time.time() - state.st_mtime > SETTLED_S
-    return (_kept if settled else _parsed)(path, state.st_size, state.st_mtime_ns, architectures)
+    written = (state.st_ino, state.st_mtime_ns, state.st_ctime_ns)  # copies may keep the times of what they copy
+    return (_kept if settled else _parsed)(path, state.st_size, written, architectures)
 
 
-def _parsed(path: Path, size: int, _modified_ns: int, architectures: tuple[str | None, ...]) -> Contents:
+def _parsed(path: Path, size: int, _written: tuple[int, ...], architectures: tuple[str | None, ...]) -> Contents:
     is_gguf = path.suffix.lower() == SUFFIX
     with path.open("rb") as file:
         start = file.read(512)

@@ -27,7 +27,7 @@ class JobError(RuntimeError):
 
 @dataclass(frozen=True)
 class Edit:
-    """One instruction for one or more pictures, and where the result goes (a .png path).
+    """One instruction for one or more pictures, and where the result goes (a .png path, or .webp).
 
     None leaves what the workflow says.
     """
@@ -138,17 +138,29 @@ def run_edit(client: ComfyClient, workflow: dict[str, Any], edit: Edit) -> Edite
     images = result.images()
     if not images:
         raise ComfyError("The workflow finished, but it has no Save Image node that left a picture.")
-    paths = [numbered(edit.output, number, image.filename) for number, image in enumerate(images, 1)]
-    for image, path in zip(images, paths, strict=True):
-        write_atomically(path, client.download(image))
+    paths = []
+    for number, image in enumerate(images, 1):
+        paths.append(ending_like(numbered(edit.output, number), image.filename))
+        write_atomically(paths[-1], client.download(image))
     return Edited(prompt_id, paths)
 
 
-def numbered(path: Path, number: int, saved: str) -> Path:
-    """`path` for the first picture, name_2.png, name_3.png for the others; ending as the server's file `saved` does, since a
-    workflow of the user's own, or one with Qwen Edit Save, need not save PNG files."""
-    path = path if number == 1 else path.with_stem(f"{path.stem}_{number}")
-    return path.with_suffix(Path(saved).suffix)
+def numbered(path: Path, number: int) -> Path:
+    """`path` for the first picture, name_2.png, name_3.png for the others."""
+    return path if number == 1 else path.with_stem(f"{path.stem}_{number}")
+
+
+def ending_like(path: Path, saved: str) -> Path:
+    """`path` with the ending of the server's file `saved`: a workflow need not save PNG files. A file that is there already
+    was not named by anybody, so another name is taken."""
+    suffix = Path(saved).suffix
+    if suffix.lower() == path.suffix.lower():
+        return path
+    found, number = path.with_suffix(suffix), 1
+    while found.exists():
+        number += 1
+        found = path.with_name(f"{path.stem}_{number}{suffix}")
+    return found
 
 
 class ProgressBar:

@@ -29,6 +29,7 @@ from edit_job import Edit, JobError, add_model_arguments, load_workflow, megapix
 from manifest_run import ManifestRun, asked_batch_workflow
 from run_summary import BatchBar
 
+RESULT_SUFFIXES = (".png", ".webp")  # what workflows save; the file ends as the server's does
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff"}
 
 
@@ -84,8 +85,10 @@ def plan_outputs(pictures: list[tuple[Path, ...]], output: Path | None, batch: b
     stems = [group[0].stem for group in pictures]
     if not batch:
         path = output or Path(f"{stems[0]}_edited.png")
-        if path.suffix.lower() != ".png":
-            raise JobError(f"The result is a PNG file, so --output should end in .png; {path} does not.")
+        if path.suffix.lower() not in RESULT_SUFFIXES:
+            raise JobError(
+                f"The result is a PNG or WebP file, so --output should end in .png or .webp; {path} does not."
+            )
         return [path]
     folder = output or Path("edited")
     if folder.is_file() or folder.suffix.lower() in PICTURE_SUFFIXES:
@@ -124,7 +127,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--preset", metavar="NAME", help="step preset of the sampler (default: the workflow's)")
     parser.add_argument("--seed", type=int, metavar="N", help="default: the workflow's")
     add_model_arguments(parser)
-    parser.add_argument("--output", type=Path, metavar="PATH", help="a .png file; for a batch, a folder")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="PATH",
+        help="a .png file (.webp where the workflow saves that); for a batch, a folder",
+    )
     parser.add_argument(
         "--patience", type=float, default=600, metavar="SECONDS",
         help="how long the server may be away while a manifest runs (default: %(default)s)",

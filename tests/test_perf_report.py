@@ -57,13 +57,15 @@ def record(
     }
 
 
-def saved_as_webp(one: dict) -> dict:
-    for node in one["nodes"]:
-        if node["stage"] == "save":
-            node["class_type"] = "QwenEditSave"
+def saved_by(one: dict, **ms: float) -> dict:
+    """The record with these nodes in place of the one that saves."""
+    (save,) = (node for node in one["nodes"] if node["stage"] == "save")
+    one["nodes"].remove(save)
+    one["nodes"] += [save | {"id": kind, "class_type": kind, "ms": taken} for kind, taken in ms.items()]
     return one
 
 
+SAVING = {"save": 600.0, "denoise": 300.0, "host": 10.0}
 EDIT = {"preprocess": 30.0, "denoise": 900.0, "decode": 50.0, "host": 20.0}
 
 
@@ -76,7 +78,10 @@ EDIT = {"preprocess": 30.0, "denoise": 900.0, "decode": 50.0, "host": 20.0}
         ("native_forward", record(EDIT, steps=[22.0] * 39, first=22.0, true_cfg_scale=4.0, native_forward=True)),
         ("decoding", record({"decode": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3)),
         ("saving", record({"save": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3)),
-        ("saving_much", saved_as_webp(record({"save": 600.0, "denoise": 300.0, "host": 10.0}, steps=[70.0] * 3))),
+        ("saving_much", saved_by(record(SAVING, steps=[70.0] * 3), QwenEditSave=600.0)),
+        ("saving_much", saved_by(record(SAVING, steps=[70.0] * 3), QwenEditSave=500.0, SaveImage=100.0)),
+        ("saving", saved_by(record(SAVING, steps=[70.0] * 3), QwenEditSave=100.0, SaveImage=500.0)),
+        ("saving_much", saved_by(record(SAVING, steps=[70.0] * 3), PreviewImage=600.0)),
         ("host", record({"denoise": 300.0, "host": 600.0}, steps=[70.0] * 3)),
         ("first_step", record({"denoise": 1000.0, "host": 1.0}, steps=[50.0] * 4, first=800.0)),
         ("streaming", record(EDIT, steps=[220.0] * 3, first=220.0, streamed=True, true_cfg_scale=4.0)),

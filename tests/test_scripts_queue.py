@@ -94,7 +94,7 @@ def test_what_cannot_be_an_input_or_output_is_said(pictures, tmp_path):
         (["--image", tmp_path / "absent.png", "--prompt", "x"], "There is no picture"),
         (["--image", tmp_path / "empty", "--prompt", "x"], "holds no picture"),
         (["--image", pictures, "--image", pictures / "b.png", "--prompt", "x"], "must be the only"),
-        (["--image", pictures / "b.png", "--prompt", "x", "--output", "o.jpg"], "should end in .png"),
+        (["--image", pictures / "b.png", "--prompt", "x", "--output", "o.jpg"], "should end in .png or .webp"),
         (["--image", pictures, "--prompt", "x", "--output", "o.png"], "needs a folder"),
         (["--image", pictures / "b.png", "--prompts", tmp_path / "absent.txt"], "cannot be read"),
     ]:
@@ -175,8 +175,15 @@ def test_node_ids_are_sorted_as_numbers():
 
 
 def test_further_pictures_of_one_edit_get_numbers():
-    assert [edit_job.numbered(Path("a/o.png"), n, "x_00001_.png").name for n in (1, 2)] == ["o.png", "o_2.png"]
-    assert edit_job.numbered(Path("a/o.png"), 2, "x_00001_.webp") == Path("a/o_2.webp")
+    assert [edit_job.numbered(Path("a/o.png"), n).name for n in (1, 2)] == ["o.png", "o_2.png"]
+
+
+def test_a_result_ends_as_the_servers_file_does_and_overwrites_nothing_that_was_not_named(tmp_path):
+    output = tmp_path / "o.png"
+    assert edit_job.ending_like(output, "x_00001_.png") == output
+    assert edit_job.ending_like(output, "x_00001_.webp") == tmp_path / "o.webp"
+    (tmp_path / "o.webp").write_bytes(b"the picture that is edited")
+    assert edit_job.ending_like(output, "x_00001_.webp") == tmp_path / "o_2.webp"
 
 
 class Terminal(io.StringIO):

@@ -21,8 +21,8 @@ from ...qwen_edit.quantize import QuantizedTensor, with_row_scales
 class KnownWeights:
     """What the forwards over one transformer know of weights that DynamicVRAM has on the card.
 
-    ``row_scales``: by module, its weight there and the same with a scale for each row. ``operands``: by modules, the weight
-    and the bias of each that they were made of, and the operands.
+    ``row_scales``: by module, its weight there and the same with a scale for each row. ``operands``: by dtype and modules, the
+    weight and the bias of each that they were made of, and the operands.
     """
 
     row_scales: dict[torch.nn.Module, tuple[Any, Any]] = field(default_factory=dict)
@@ -124,7 +124,7 @@ class PagedOperands:
         self._weights, self._known = weights, weights.known.operands
 
     def operands(self, modules: tuple[Any, ...]) -> list[Operand] | None:
-        made_of, operands = self._known.get(modules, ((), None))
+        made_of, operands = self._known.get((self._weights.dtype, modules), ((), None))
         for module, (weight, bias) in zip(modules, made_of, strict=False):
             if runs_itself(module) or asks_for_more(module) or not self._weights.hold(module, weight, bias):
                 return None
@@ -133,7 +133,7 @@ class PagedOperands:
     def learn(self, modules: tuple[Any, ...], operands: list[Operand]) -> None:
         made_of = [_last_written(module) for module in modules]
         if len(operands) == len(modules) and all(map(_is_made_of, operands, made_of)):
-            self._known[modules] = made_of, operands
+            self._known[self._weights.dtype, modules] = made_of, operands
 
 
 def _last_written(module) -> tuple[Any, Any]:

@@ -43,8 +43,7 @@ WARM_UP_TIMES = 3.0  # a first step longer than this many others holds more than
 LEAST = 0.1  # a remedy that saves less of the wall time is not worth a sentence
 STANDARD_STEPS = 40
 LIGHTNING_STEPS = 8
-PNG_NODES = ("SaveImage", "PreviewImage")
-SAVED_BY_WEBP = 0.65  # of their time (benchmarks/saving.py)
+SAVED_BY_WEBP = 0.65  # of Save Image's time (benchmarks/saving.py)
 
 
 @dataclass(frozen=True)
@@ -135,20 +134,22 @@ def _recipe(record: dict, before: dict | None) -> Iterator[Advice]:
 
 def _around(record: dict, before: dict | None) -> Iterator[Advice]:
     encoding = "native_encoding" if record.get("facts", {}).get("native_encoding") else "encoding"
-    saving = "saving" if _saves_as_png(record) else "saving_much"
-    stages = {encoding: "preprocess", "decoding": "decode", saving: "save", "host": "host"}
+    stages = {encoding: "preprocess", "decoding": "decode", "host": "host"}
     for code, stage in stages.items():
         share = _share(record, stage)
         seconds = _time(record["stages"].get(stage, {"ms": 0.0})["ms"])
-        saves = share * SAVED_BY_WEBP if code == "saving" else share
-        yield Advice(code, {"share": _percent(share), "seconds": seconds}, saves)
+        yield Advice(code, {"share": _percent(share), "seconds": seconds}, share)
 
 
-def _saves_as_png(record: dict) -> bool:
-    return any(node["class_type"] in PNG_NODES for node in record["nodes"] if node["stage"] == "save")
+def _saving(record: dict, before: dict | None) -> Iterator[Advice]:
+    share, save = _share(record, "save"), record["stages"].get("save", {"ms": 0.0})["ms"]
+    as_png = sum(node["ms"] for node in record["nodes"] if node["class_type"] == "SaveImage" and not node["cached"])
+    part = as_png / max(save, as_png, 1e-3)
+    yield Advice("saving", {"share": _percent(share * part), "seconds": _time(as_png)}, share * part * SAVED_BY_WEBP)
+    yield Advice("saving_much", {"share": _percent(share), "seconds": _time(save)}, share * (1 - part))
 
 
-RULES: tuple[Rule, ...] = (_loading, _first_step, _model, _card, _recipe, _around)
+RULES: tuple[Rule, ...] = (_loading, _first_step, _model, _card, _recipe, _around, _saving)
 
 
 def _is_unaccelerated(record: dict) -> bool:

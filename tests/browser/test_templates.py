@@ -1,6 +1,7 @@
 """What a person sees of the pack in ComfyUI's page: templates, reports on the nodes, progress, translations."""
 
 import json
+import re
 import time
 
 import pytest
@@ -123,6 +124,17 @@ def test_run_shows_progress_preview_and_reports(browser: Browser):
     assert browser.api_graph() == API["single_edit"]
     assert browser.js("return JSON.stringify(app.graph.serialize().nodes.map(n => n.widgets_values))") == before
     assert browser.problems() == []
+
+
+def test_the_page_fills_in_the_name_of_a_saved_file(browser: Browser):
+    browser.open_template("lightning")
+    browser.js(
+        "app.graph.getNodeById(8).widgets.find((widget) => widget.name === 'filename_prefix').value = args[0]",
+        "%date:yyyy%/%Edit.seed%",
+    )
+    assert browser.js("return app.graph.getNodeById(5).title") == "Edit"
+    prefix = browser.api_graph()["8"]["inputs"]["filename_prefix"]
+    assert re.fullmatch(r"20\d\d/\d+", prefix)
 
 
 def test_the_extension_is_small():

@@ -54,8 +54,8 @@ def linear(fp8):
     return module
 
 
-def forwards(known):
-    weights = CastWeights(torch.device("cuda"), torch.bfloat16, known)
+def forwards(known, dtype=torch.bfloat16):
+    weights = CastWeights(torch.device("cuda"), dtype, known)
     return weights, PagedOperands(weights), Forward(None, REFERENCE, weights, known=PagedOperands(weights))
 
 
@@ -70,6 +70,7 @@ CHANGES = {
     "a forward of its own": lambda m: setattr(m, "forward", lambda x: x),
     "full precision": lambda m: setattr(m, "_full_precision_mm", True),
     "prefetched": lambda m: setattr(m, "_prefetch", {}),
+    "another dtype": lambda m: None,
 }
 result = {}
 for fp8 in (False, True):
@@ -85,7 +86,7 @@ for fp8 in (False, True):
             assert held == [1] * count and [m._v[0].pinned for m in modules] == [0] * count, held
             pages = [m._v[0] for m in modules]
             change(modules[-1])
-            weights, paged, _ = forwards(known)
+            weights, paged, _ = forwards(known, torch.float16 if name == "another dtype" else torch.bfloat16)
             again = paged.operands(modules)
             same = again is not None and len(again) == len(first) == count and all(
                 a.weight.data_ptr() == m_weight.data_ptr() and a is b
@@ -101,5 +102,5 @@ print("RESULT", json.dumps(result))
 def test_operands_are_found_again_while_their_weights_stay(host):
     found = json.loads(run_in_comfyui(host, CODE).split("RESULT", 1)[1])
     assert found.pop("nothing") == ["same"] * 4
-    assert len(found) == 9
+    assert len(found) == 10
     assert found == {change: [None] * 4 for change in found}

@@ -2,6 +2,7 @@
 
 import io
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,8 +67,19 @@ def test_files_are_numbered_on_and_lie_in_folders(client):
         names += files(client, client.run(graph(client, picture(seed), prefix="folder/edit")), "ours")
     first, second = (int(name.split("_")[1]) for name in names)
     assert second == first + 1
-    result = client.run(graph(client, picture(6), picture(7), prefix="number %batch_num%"))
-    assert [name.split("_")[0] for name in files(client, result, "ours")] == ["number 0", "number 1"]
+
+
+@pytest.mark.parametrize("format", [WEBP, PNG])
+def test_no_file_is_overwritten_and_folders_are_named_by_what_is_in_them(client, server, format):
+    prefix = f"{format[:3]} %width%x%height%/%batch_num%"
+    names = []
+    for seed in (6, 8):
+        workflow = graph(client, picture(seed, 96, 64), picture(seed + 1, 96, 64), format=format, prefix=prefix)
+        del workflow["theirs"]
+        names += files(client, client.run(workflow), "ours")
+    assert sorted(name.split(".")[0] for name in names) == ["0_00001_", "0_00002_", "1_00001_", "1_00002_"]
+    assert [p.name for p in server.output.glob(f"{format[:3]} *")] == [f"{format[:3]} 96x64"]
+    assert not list(server.output.glob("*0x0*"))
 
 
 def test_transparency_is_kept(client):
@@ -90,12 +102,15 @@ def test_what_webp_can_not_hold_is_a_png(client):
 
 
 @pytest.mark.parametrize("prefix", ["../out", "/tmp/out", "a/../../out", "with\0zero", "long" * 100])
-def test_nothing_is_written_outside_the_output_folder(client, prefix):
+def test_nothing_is_written_outside_the_output_folder(client, server, tmp_path, prefix):
+    outside = [server.output.parent, tmp_path.parent, Path("/tmp")]
+    before = [{p.name for p in folder.iterdir() if "out" in p.name} for folder in outside]
     workflow = graph(client, picture(10), prefix=prefix)
     del workflow["theirs"]
     with pytest.raises(ExecutionFailed) as failed:
         client.run(workflow)
     assert failed.value.details["exception_message"].startswith("[QE_INPUT] filename_prefix")
+    assert before == [{p.name for p in folder.iterdir() if "out" in p.name} for folder in outside]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,13 @@ async function provideExample(name) {
   if (answer.ok && (await answer.json()).name === name) uploaded.add(name);
 }
 
+// %date:yyyy-MM-dd% and %Node.widget% are filled in by the page, which does it by itself for ComfyUI's own nodes only.
+function fillInFileName(node) {
+  const widget = node.widgets?.find((one) => one.name === "filename_prefix");
+  const filled = window.comfyAPI?.utils?.applyTextReplacements;
+  if (widget && filled) widget.serializeValue = () => filled(app, widget.value);
+}
+
 app.registerExtension({
   name: "QwenEditFast",
 
@@ -92,6 +99,7 @@ app.registerExtension({
       showReport(this, [output?.text, this.qwenEditSaid].flat());
     };
     showTranslatedSlots(node);
+    if (node.comfyClass === "QwenEditSave") fillInFileName(node);
     const onConnectionsChange = node.onConnectionsChange;
     node.onConnectionsChange = function () {
       onConnectionsChange?.apply(this, arguments);
