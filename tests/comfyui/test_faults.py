@@ -358,6 +358,7 @@ COMBOS = [
     ("accelerate", "attention"),
     ("switch", "mode"),
     ("preset", "preset"),
+    ("keep", "format"),
     ("sweep", "preset"),
     ("sweep", "theme"),
     ("batch", "preset"),

@@ -33,6 +33,7 @@ INPUTS = {
     "restore": ["feather"],
     "logger": ["label", "include_text"],
     "report": ["export", "theme"],
+    "keep": ["filename_prefix", "format"],
 }  # fmt: skip
 places = st.sampled_from([(which, name) for which, names in INPUTS.items() for name in names])
 # Sizes that a server on two cores can make, besides those that are refused.
