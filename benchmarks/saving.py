@@ -8,7 +8,6 @@ pixel.
 """
 
 import argparse
-import io
 import json
 import os
 import statistics
@@ -22,7 +21,7 @@ from PIL import Image
 REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "scripts"), str(REPO / "tests" / "comfyui")]
 
-from array_client import ArrayClient
+from array_client import ArrayClient, from_file
 from comfy_host import Host
 from comfy_server import ComfyServer
 from environment import environment, keep
@@ -33,12 +32,12 @@ PHOTOGRAPH = REPO / "training" / "pictures" / "raccoon.jpg"
 NODES = {"SaveImage": {}, "QwenEditSave": {"format": "webp, lossless"}}
 
 
-def cut(number: int, side: int) -> Image.Image:
+def cut(number: int, side: int) -> np.ndarray:
+    """The photograph without its outermost ``number`` pixels, ``[side, side, 3]`` in uint8."""
     photograph = Image.open(PHOTOGRAPH).convert("RGB")
     edge = min(photograph.size) - 2 * number
-    return photograph.crop((number, number, number + edge, number + edge)).resize(
-        (side, side), Image.Resampling.LANCZOS
-    )
+    square = photograph.crop((number, number, number + edge, number + edge))
+    return np.asarray(square.resize((side, side), Image.Resampling.LANCZOS))
 
 
 def main() -> None:
@@ -52,10 +51,8 @@ def main() -> None:
         host = Host(Path(sys.executable), Path(os.environ["COMFYUI_PATH"]))
         with ComfyServer(host, Path(folder), cpu=True) as server, ArrayClient(server.url) as client:
             for number in range(options.repeat + 1):
-                data = io.BytesIO()
-                cut(number, options.side).save(data, "PNG")
                 graph = {
-                    "load": node("LoadImage", image=client.upload(data.getvalue(), f"{number}.png")),
+                    "load": node("LoadImage", image=client.upload_array(cut(number, options.side))),
                     "log": node("QwenEditPerfLogger", value=["load", 0], label="loaded"),
                 }
                 for name, more in NODES.items():
@@ -63,7 +60,7 @@ def main() -> None:
                 prompt_id = client.queue(graph)
                 result = client.wait(prompt_id, timeout_s=120)
                 files = {image.node: client.download(image) for image in result.images()}
-                png, webp = (np.array(Image.open(io.BytesIO(files[name])).convert("RGB")) for name in NODES)
+                png, webp = (from_file(files[name]) for name in NODES)
                 assert np.array_equal(png, webp), "the WebP holds other pixels than the PNG"
                 if number:  # the first imports what the others have
                     for one in perf_record(server, prompt_id)["nodes"]:

@@ -124,8 +124,11 @@ class PagedOperands:
         self._weights, self._known = weights, weights.known.operands
 
     def operands(self, modules: tuple[Any, ...]) -> list[Operand] | None:
-        made_of, operands = self._known.get((self._weights.dtype, modules), ((), None))
-        for module, (weight, bias) in zip(modules, made_of, strict=False):
+        known = self._known.get((self._weights.dtype, modules))
+        if known is None:
+            return None
+        made_of, operands = known
+        for module, (weight, bias) in zip(modules, made_of, strict=True):
             if runs_itself(module) or asks_for_more(module) or not self._weights.hold(module, weight, bias):
                 return None
         return operands

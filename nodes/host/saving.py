@@ -1,6 +1,6 @@
 """Pictures into ComfyUI's output folder, by its own writers of WebP and PNG."""
 
-import os
+from pathlib import Path
 
 import folder_paths
 import torch
@@ -8,6 +8,7 @@ from comfy_api.latest import io, ui
 
 from ...qwen_edit.errors import INPUT, NAN
 from ...qwen_edit.finite import all_finite
+from ...qwen_edit.manifest import contained
 
 LARGEST_WEBP = 16383  # pixels of a side
 
@@ -25,7 +26,7 @@ def save(node: type[io.ComfyNode], images: torch.Tensor, filename_prefix: str, a
         raise ValueError(f"{INPUT} images is {list(images.shape)}; an IMAGE is [B, H, W, 3 or 4].")
     if not all_finite(images):
         raise ValueError(f"{NAN} The pictures hold NaN or infinity, so they are not saved. Try precision bf16.")
-    _check_place(filename_prefix, images)
+    _check_place(filename_prefix)
     # libwebp drops the colours of pixels that can't be seen
     fits = images.shape[-1] == 3 and max(images.shape[1:3]) <= LARGEST_WEBP
     write = _as_webp if as_webp and fits else _as_png
@@ -37,20 +38,16 @@ def _numbered(filename_prefix: str, number: int) -> str:
     return filename_prefix.replace("%batch_num%", str(number))
 
 
-def _check_place(filename_prefix: str, images: torch.Tensor) -> None:
+def _check_place(filename_prefix: str) -> None:
     """Raise a ValueError for a place outside the output folder, or a name that no file can have."""
-    prefix, size = _numbered(filename_prefix, 0), (images.shape[2], images.shape[1])
+    output = Path(folder_paths.get_output_directory())
     try:
-        folder, name, *_ = folder_paths.get_save_image_path(prefix, folder_paths.get_output_directory(), *size)
-        os.stat(os.path.join(folder, f"{name}_00000_.webp"))
-    except FileNotFoundError:
-        pass  # as nearly always
-    except PermissionError:
-        raise
-    except Exception as e:  # for what lies outside ComfyUI raises a bare Exception, which tells the folders' places
-        reason = f": {e.strerror}" if isinstance(e, OSError) and e.strerror else ""
-        place = f"{filename_prefix!r:.80}"
-        raise ValueError(f"{INPUT} filename_prefix {place} is no place in the output folder{reason}.") from e
+        path = contained(output, f"{filename_prefix}_00000_.webp", must_exist=False)
+        possible = not any(folder.is_file() for folder in path.parents)
+    except ValueError:
+        possible = False
+    if not possible:
+        raise ValueError(f"{INPUT} filename_prefix {filename_prefix!r:.80} is no place in the output folder.")
 
 
 def _as_webp(node, picture: torch.Tensor, filename_prefix: str) -> ui.SavedResult:

@@ -28,20 +28,6 @@ def workflow(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_workflow_that_saves_webp_leaves_a_webp(server: ComfyServer, pictures, tmp_path):
-    graph = edit_workflow(steps=2)
-    graph["save"] |= {"class_type": "QwenEditSave"}
-    graph["save"]["inputs"] |= {"format": "webp, lossless"}
-    (tmp_path / "webp.json").write_text(json.dumps(graph))
-    arguments = ["--workflow", tmp_path / "webp.json", "--output", tmp_path / "edited.png"]
-    done = queue_edit(server.url, "--image", pictures / "a.png", "--prompt", "grey", *arguments)
-    assert done.returncode == 0, done.stderr
-    written = tmp_path / "edited.webp"
-    assert f"wrote {written}" in done.stdout
-    assert from_file(written.read_bytes()).shape == (64, 96, 3)
-    assert not (tmp_path / "edited.png").exists()
-
-
 @pytest.fixture
 def pictures(tmp_path: Path) -> Path:
     """Two pictures, and between them a file that is none."""
@@ -72,6 +58,20 @@ def test_one_edit_writes_the_picture(server: ComfyServer, workflow, pictures, tm
     assert f"wrote {output}" in done.stdout
     assert "QwenEditSampler" in done.stderr
     assert [path.name for path in output.parent.iterdir()] == ["edited.png"]
+
+
+def test_a_workflow_that_saves_webp_leaves_a_webp(server: ComfyServer, pictures, tmp_path):
+    graph = edit_workflow(steps=2)
+    graph["save"] |= {"class_type": "QwenEditSave"}
+    graph["save"]["inputs"] |= {"format": "webp, lossless"}
+    (tmp_path / "webp.json").write_text(json.dumps(graph))
+    arguments = ["--workflow", tmp_path / "webp.json", "--output", tmp_path / "edited.png"]
+    done = queue_edit(server.url, "--image", pictures / "a.png", "--prompt", "grey", *arguments)
+    assert done.returncode == 0, done.stderr
+    written = tmp_path / "edited.webp"
+    assert f"wrote {written}" in done.stdout
+    assert from_file(written.read_bytes()).shape == (64, 96, 3)
+    assert not (tmp_path / "edited.png").exists()
 
 
 def test_the_seed_reaches_the_sampler(server: ComfyServer, workflow, pictures, tmp_path):

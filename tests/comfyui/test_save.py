@@ -113,6 +113,15 @@ def test_nothing_is_written_outside_the_output_folder(client, server, tmp_path, 
     assert before == [{p.name for p in folder.iterdir() if "out" in p.name} for folder in outside]
 
 
+def test_a_folder_that_is_a_file_is_refused(client, server):
+    (server.output / "a file").write_bytes(b"")
+    workflow = graph(client, picture(12), prefix="a file/x/edit")
+    del workflow["theirs"]
+    with pytest.raises(ExecutionFailed) as failed:
+        client.run(workflow)
+    assert failed.value.details["exception_message"].startswith("[QE_INPUT] filename_prefix")
+
+
 @pytest.mark.parametrize(
     ("shape", "fill", "said"),
     [("1,8,8,3", "nan", "[QE_NAN]"), ("0,8,8,3", "0.5", "[QE_INPUT]"), ("1,8,8,2", "0.5", "[QE_INPUT]")],
